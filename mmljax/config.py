@@ -1,0 +1,311 @@
+"""The schema of a run: frozen dataclasses, filled strictly from a config file's mapping.
+
+Config files (``configs/*.py``) are programs that state every value; the classes here have no
+defaults. A key that is unknown, missing or of the wrong type is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mmljax.errors import UserError
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%)\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """Size of the generated garment set; used when ``data.source`` is ``synthetic``."""
+
+    train_items: int
+    test_items: int
+    views: int  # images per item
+    image_size: int  # pixels
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they become a batch."""
+
+    source: str  # a key of build.SOURCES
+    directory: str  # of the images; "" where the source needs none
+    image_size: int  # side of a training or evaluation crop, pixels
+    resize_size: int  # short side before the evaluation crop, pixels
+    crop_scale: tuple[float, float]  # share of the area that a training crop covers
+    crop_ratio: tuple[float, float]  # width over height of a training crop
+    flip: bool
+    rotate: float  # degrees, uniform within +-; array sources only
+    shear: float  # uniform within +-; array sources only
+    batch_size: int  # global, training
+    images_per_class: int  # K of P x K
+    eval_batch_size: int  # global
+    threads: int  # of tf.data; 0 lets tf.data choose
+    prefetch: int  # batches
+    synthetic: SyntheticConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Backbone and embedding head."""
+
+    backbone: str  # a key of build.BACKBONES
+    width: int  # channels of the first stage
+    embedding_size: int
+    pooling: str  # average, max, average+max
+    layer_norm: str  # none, before (the projection), after
+    batch_norm: str  # global (over the whole batch) or frozen (running statistics)
+    compute_dtype: str  # of the backbone: float32 or bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class MiningConfig:
+    """Which pairs reach the pair objectives (and, if asked, the proxy objectives)."""
+
+    rule: str  # none, sample, proxy, either, both, blend
+    margin: float
+    blend: float  # weight of the sample view under rule blend
+    mine_proxies: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """One objective: a row of ``build.OBJECTIVES`` and its hyperparameters."""
+
+    loss: str
+    params: Mapping[str, float | str | bool]
+    memory: bool  # whether the cross-batch memory joins its references
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Cross-batch memory: a ring buffer of past embeddings as further references."""
+
+    size: int  # embeddings; 0 for none
+    start: str  # duration before its references count
+
+
+@dataclasses.dataclass(frozen=True)
+class CombinationConfig:
+    """How contribution weights come about: a row of ``build.COMBINATIONS``."""
+
+    name: str
+    weights: Mapping[str, float]  # of each objective: fixed, or where learning starts
+    embedding_shares: Mapping[str, float]  # targets at the embeddings (share)
+    proxy_shares: Mapping[str, float]  # targets at the proxies (share)
+    params: Mapping[str, float]
+    surgery: str  # none or pcgrad, at the embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """One optimiser group."""
+
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optax optimiser, its groups, schedule and clipping."""
+
+    name: str  # adamw, sgd
+    b1: float  # of adamw; the momentum of sgd
+    b2: float
+    epsilon: float
+    backbone: GroupConfig
+    head: GroupConfig
+    proxies: GroupConfig
+    weights: GroupConfig  # contribution weights
+    schedule: str  # constant, cosine, step
+    step_every: str  # duration, of schedule step
+    step_factor: float
+    warmup: str  # duration of a linear rise of every rate
+    freeze_backbone: str  # duration in which head and proxies train alone
+    clip_norm: float  # global norm of the network's and of the proxies' gradient; 0 for none
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When and what to evaluate."""
+
+    every: str  # duration; the last step is always evaluated
+    recall_at: tuple[int, ...]
+    gallery_chunk: int  # rows of the gallery per matrix product
+    untrained: bool  # also score the network before the first step
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: str  # duration
+    keep_last: int
+    keep_best: int  # by R@1 at evaluations
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is written beside the ledger's rows."""
+
+    every: int  # steps between fetches of the ledger from the device
+    tensorboard: bool
+    plot: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int
+    duration: str
+    data: DataConfig
+    model: ModelConfig
+    objectives: Mapping[str, ObjectiveConfig]
+    mining: MiningConfig
+    memory: MemoryConfig
+    combination: CombinationConfig
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> Config:
+    """Fill the schema from a ConfigDict or any nested mapping.
+
+    Raises:
+      UserError: on an unknown, missing or ill-typed key, with its full path.
+    """
+    return _fill(Config, mapping, "config")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The plain nested dict of a config, for JSON."""
+    return json.loads(json.dumps(config, default=_plain))
+
+
+def fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits that change whenever a value of the config does."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
+    """One line ``config.a.b: old -> new`` per leaf in which two nested dicts differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b, where = old.get(key), new.get(key), f"{path}.{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, where)
+        elif a != b:
+            lines.append(f"{where}: {a!r} -> {b!r}")
+    return lines
+
+
+def steps(
+    duration: str,
+    *,
+    key: str,
+    batch_size: int,
+    train_examples: int,
+    total_steps: int | None = None,
+) -> int:
+    """Turn ``"600 steps"``, ``"60 epochs"``, ``"5000 examples"`` or ``"10%"`` into steps.
+
+    Args:
+      duration: a number and a unit; an epoch is ``train_examples`` images.
+      key: the config key, for the error.
+      batch_size: global batch size.
+      train_examples: number of training images.
+      total_steps: what a percentage is of; None where none can be.
+
+    Raises:
+      UserError: if the text is not such a duration.
+    """
+    match = _DURATION.fullmatch(duration)
+    if not match or (match[2] == "%" and total_steps is None):
+        raise UserError(
+            f"--{key}={duration!r} is no duration: write a number and a unit, "
+            "such as '600 steps', '60 epochs', '5000 examples'"
+            + ("" if total_steps is None else " or '10%'")
+        )
+    number = float(match[1])
+    unit = match[2].rstrip("s")
+    if unit == "epoch":
+        return round(number * train_examples / batch_size)
+    if unit == "example":
+        return round(number / batch_size)
+    if unit == "%":
+        return round(number / 100 * (total_steps or 0))
+    return round(number)
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """`` (did you mean 'x'?)``, or the list of names where none is near."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(names))
+
+
+def choose(table: Mapping[str, Any], name: str, *, key: str) -> Any:
+    """``table[name]``, or an error that names the config key and the nearest name."""
+    if name not in table:
+        raise UserError(f"--{key}={name!r} is unknown; {nearest(name, table)}")
+    return table[name]
+
+
+def _fill(cls: type, mapping: Any, path: str) -> Any:
+    if not hasattr(mapping, "items"):
+        raise UserError(f"--{path} must be a group of keys, found {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    given = dict(mapping.items())
+    for name in given:
+        if name not in hints:
+            raise UserError(f"--{path}.{name} is unknown; {nearest(name, hints)}")
+    missing = [name for name in hints if name not in given]
+    if missing:
+        raise UserError(f"--{path} lacks {', '.join(missing)}; configs/common.py states them all")
+    return cls(**{name: _coerce(hints[name], given[name], f"{path}.{name}") for name in hints})
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _fill(typing.cast(type, kind), value, path)
+    if origin in (typing.Union, types.UnionType):
+        for member in arguments:
+            if type(value) is member:
+                return value
+        return _coerce(arguments[0], value, path)
+    if origin is Mapping:
+        if not hasattr(value, "items"):
+            raise UserError(f"--{path} must be a group of keys, found {value!r}")
+        return {str(k): _coerce(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise UserError(f"--{path} must be a tuple, found {value!r}")
+        if arguments[-1] is Ellipsis:
+            return tuple(_coerce(arguments[0], v, path) for v in value)
+        if len(value) != len(arguments):
+            raise UserError(f"--{path} must hold {len(arguments)} values, found {value!r}")
+        return tuple(_coerce(a, v, path) for a, v in zip(arguments, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"--{path} must be of type {kind.__name__}, found {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    raise TypeError(f"{value!r} has no JSON form")

@@ -1,0 +1,69 @@
+"""The stable forms that the objectives share, each written once.
+
+>>> import jax.numpy as jnp
+>>> from mmljax.types import Values
+>>> float(masked_mean(Values(jnp.array([1.0, 5.0, 3.0]), jnp.array([True, False, True]))))
+2.0
+>>> float(masked_mean(Values(jnp.array([1.0]), jnp.array([False]))))
+0.0
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mmljax.types import Values
+
+
+def l2_normalize(x: Float[Array, "*rows d"], *, epsilon: float = 1e-12) -> Float[Array, "*rows d"]:
+    """Scale each row to unit length; a zero row stays zero, with a finite gradient.
+
+    Args:
+      x: vectors along the last axis.
+      epsilon: rows whose squared length is at most this are divided by its root instead.
+    """
+    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon))
+
+
+def similarity_matrix(
+    rows: Float[Array, "n d"], columns: Float[Array, "m d"]
+) -> Float[Array, "n m"]:
+    """Inner products of rows and columns, the product at full float32 precision."""
+    return jnp.matmul(rows, columns.T, precision="highest")
+
+
+def masked_sum(values: Values) -> tuple[Float[Array, "*terms"], Float[Array, "*terms"]]:
+    """Sum over the valid rows and their count; a NaN in a valid row is not hidden."""
+    total = jnp.sum(jnp.where(values.valid, values.value, 0), axis=-1)
+    return total, jnp.sum(values.valid, axis=-1).astype(total.dtype)
+
+
+def masked_mean(values: Values) -> Float[Array, "*terms"]:
+    """Mean over the valid rows; 0 where none is valid; a NaN in a valid row is not hidden."""
+    total, count = masked_sum(values)
+    return total / jnp.maximum(count, 1)
+
+
+def masked_logsumexp(
+    x: Float[Array, "n m"], mask: Bool[Array, "n m"], *, add_one: bool = False
+) -> Float[Array, " n"]:
+    """``log(sum over the mask of exp(x))`` per row, with ``+ 1`` inside the log if asked.
+
+    Never overflows, and its gradient is finite everywhere: where a row has no kept entry the
+    value is 0 (the log of the one, or by convention) and the gradient 0.
+    """
+    any_kept = jnp.any(mask, axis=-1)
+    lowest = jnp.finfo(x.dtype).min
+    peak = jnp.max(jnp.where(mask, x, lowest), axis=-1)
+    peak = jax.lax.stop_gradient(jnp.where(any_kept, peak, 0))
+    if add_one:
+        peak = jnp.maximum(peak, 0)
+    # The inner where keeps the exponent of masked entries at 0, so no inf meets a zero gradient.
+    shifted = jnp.where(mask, x - peak[..., None], 0)
+    total = jnp.sum(jnp.where(mask, jnp.exp(shifted), 0), axis=-1)
+    if add_one:
+        total = total + jnp.exp(-peak)
+    return jnp.where(any_kept, peak + jnp.log(jnp.where(any_kept, total, 1)), 0)
