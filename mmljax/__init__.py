@@ -1,0 +1,1 @@
+"""Metric learning for image retrieval with several objectives at once."""

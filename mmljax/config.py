@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmljax.errors import UserError
 
@@ -68,20 +68,20 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MiningConfig:
-    """Which pairs reach the pair objectives (and, if asked, the proxy objectives)."""
+    """Which pairs reach an objective."""
 
-    rule: str  # none, sample, proxy, either, both, blend
+    rule: str  # a key of build.MINERS
     margin: float
     blend: float  # weight of the sample view under rule blend
-    mine_proxies: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """One objective: a row of ``build.OBJECTIVES`` and its hyperparameters."""
+    """One objective: a row of ``build.OBJECTIVES``, what it sees and how it is set."""
 
     loss: str
-    params: Mapping[str, float | str | bool]
+    params: Mapping[str, float | int | str]  # in place of those of ``losses``
+    mining: MiningConfig
     memory: bool  # whether the cross-batch memory joins its references
 
 
@@ -101,7 +101,8 @@ class CombinationConfig:
     weights: Mapping[str, float]  # of each objective: fixed, or where learning starts
     embedding_shares: Mapping[str, float]  # targets at the embeddings (share)
     proxy_shares: Mapping[str, float]  # targets at the proxies (share)
-    params: Mapping[str, float]
+    cap: float  # largest weight (uncertainty)
+    alpha: float  # exponent of the training rates (gradnorm)
     surgery: str  # none or pcgrad, at the embeddings
 
 
@@ -130,7 +131,7 @@ class OptimizerConfig:
     step_factor: float
     warmup: str  # duration of a linear rise of every rate
     freeze_backbone: str  # duration in which head and proxies train alone
-    clip_norm: float  # global norm of the network's and of the proxies' gradient; 0 for none
+    clip_norm: float  # largest norm of each group's gradient; 0 for no clipping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,9 @@ class Config:
     data: DataConfig
     model: ModelConfig
     objectives: Mapping[str, ObjectiveConfig]
-    mining: MiningConfig
+    losses: Mapping[str, Mapping[str, float | int | str]]  # hyperparameters of each loss
+    centers: int  # proxies per class
+    row_block: int  # rows of similarities held at once; 0 for all
     memory: MemoryConfig
     combination: CombinationConfig
     optimizer: OptimizerConfig
@@ -211,41 +214,40 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "con
     return lines
 
 
-def steps(
-    duration: str,
-    *,
-    key: str,
-    batch_size: int,
-    train_examples: int,
-    total_steps: int | None = None,
-) -> int:
+class RunSize(NamedTuple):
+    """What durations are measured in."""
+
+    batch_size: int  # global
+    train_examples: int  # an epoch
+    total_steps: int | None = None  # what a percentage is of; None where none can be
+
+
+def steps(duration: str, size: RunSize, *, key: str) -> int:
     """Turn ``"600 steps"``, ``"60 epochs"``, ``"5000 examples"`` or ``"10%"`` into steps.
 
     Args:
-      duration: a number and a unit; an epoch is ``train_examples`` images.
+      duration: a number and a unit.
+      size: of the run.
       key: the config key, for the error.
-      batch_size: global batch size.
-      train_examples: number of training images.
-      total_steps: what a percentage is of; None where none can be.
 
     Raises:
       UserError: if the text is not such a duration.
     """
     match = _DURATION.fullmatch(duration)
-    if not match or (match[2] == "%" and total_steps is None):
+    if not match or (match[2] == "%" and size.total_steps is None):
         raise UserError(
             f"--{key}={duration!r} is no duration: write a number and a unit, "
             "such as '600 steps', '60 epochs', '5000 examples'"
-            + ("" if total_steps is None else " or '10%'")
+            + ("" if size.total_steps is None else " or '10%'")
         )
     number = float(match[1])
     unit = match[2].rstrip("s")
     if unit == "epoch":
-        return round(number * train_examples / batch_size)
+        return round(number * size.train_examples / size.batch_size)
     if unit == "example":
-        return round(number / batch_size)
+        return round(number / size.batch_size)
     if unit == "%":
-        return round(number / 100 * (total_steps or 0))
+        return round(number / 100 * (size.total_steps or 0))
     return round(number)
 
 

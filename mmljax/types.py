@@ -62,6 +62,24 @@ class Dataset(NamedTuple):
     classes: int  # of the training split
 
 
+class Points(NamedTuple):
+    """One side of a similarity block: samples or proxies, as rows or as columns."""
+
+    vectors: Float[Array, "n d"]  # unit length
+    labels: Int[Array, " n"]
+    positions: Int[Array, " n"]  # global; a row and a column of one kind and position are one
+    valid: Bool[Array, " n"]  # False for padding and empty memory
+
+
+class Views(NamedTuple):
+    """What a miner looks at: two similarities of anchors and candidates, and a key."""
+
+    sample: Float[Array, "b r"]  # anchor and candidate
+    proxy: Float[Array, "b r"]  # the anchor's class proxy and candidate
+    anchor: Float[Array, " b"]  # the anchor's class proxy and the anchor
+    keys: PRNGKeyArray  # [b]: one per anchor, for miners that sample
+
+
 class Values(NamedTuple):
     """Values of an objective per row, and which rows enter its mean.
 
@@ -77,7 +95,25 @@ class Loss(Protocol):
 
     def __call__(
         self, similarity: Float[Array, "n m"], masks: PairMasks, **hyperparameters: Any
-    ) -> Values: ...
+    ) -> Values:
+        """Values per row, and which rows enter their mean."""
+
+
+class Miner(Protocol):
+    """Masks in, smaller masks out; the views are stopped from carrying a gradient."""
+
+    def __call__(self, views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
+        """The pairs that are kept."""
+
+
+class Objective(NamedTuple):
+    """An objective as a run uses it: hyperparameters bound, ready to be called."""
+
+    name: str
+    relation: str  # a key of relations.RELATIONS
+    loss: Any  # (similarity, masks) -> Values
+    miner: Any  # (views, masks) -> PairMasks, or None to keep every pair
+    memory: bool  # whether the cross-batch memory joins its columns
 
 
 class Combination(NamedTuple):

@@ -1,0 +1,1 @@
+"""Pure objectives on similarity blocks."""

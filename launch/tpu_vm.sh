@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Train on a Cloud TPU VM, of one host or of many, through gcloud.
+#
+#   launch/tpu_vm.sh ACTION --name NAME --zone ZONE [options] [-- --config configs/inshop.py ...]
+#
+# Actions, in the order of a run's life:
+#   create    make the TPU VM (it costs money until it is deleted)
+#   status    describe it, or the request for it under --queued
+#   install   put this checkout's HEAD and its requirements on all workers; again after a commit
+#   run       start python -m mmljax.main with what follows -- on all workers, in the background
+#   logs      follow the output of one worker
+#   stop      end the run on all workers
+#   fetch     copy a file or folder of worker 0 to this machine
+#   delete    delete the TPU VM; gcloud asks first
+#
+#   --name NAME, --zone ZONE   which TPU VM; always needed
+#   --project PROJECT          default: gcloud's own
+#   --queued                   create, status, delete: through a queued resource of the same name
+#   --type TYPE                create: such as v5litepod-16; what a zone has:
+#                              gcloud compute tpus accelerator-types list --zone ZONE
+#   --version VERSION          create: runtime image, such as v2-alpha-tpuv5-lite
+#   --spot                     create: cheaper, may be taken away; run again to go on
+#   --worker N                 logs: default 0
+#   --from PATH, --to PATH     fetch: there (from the home directory on) and here
+#   --dry-run                  print the commands and run nothing
+
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=command.sh
+source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
+
+name="" zone="" type="" version="" worker=0 from="" to="" queued=false spot=() project=()
+action=${1:-}
+case $action in
+  create | status | install | run | logs | stop | fetch | delete) shift ;;
+  --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
+  *) fail "the first argument must be create, status, install, run, logs, stop, fetch or delete, \
+found '$action'; see --help" ;;
+esac
+while (($#)); do
+  case $1 in
+    --name) needs "$@"; name=$2; shift 2 ;;
+    --zone) needs "$@"; zone=$2; shift 2 ;;
+    --project) needs "$@"; project=("--project=$2"); shift 2 ;;
+    --type) needs "$@"; type=$2; shift 2 ;;
+    --version) needs "$@"; version=$2; shift 2 ;;
+    --worker) needs "$@"; worker=$2; shift 2 ;;
+    --from) needs "$@"; from=$2; shift 2 ;;
+    --to) needs "$@"; to=$2; shift 2 ;;
+    --queued) queued=true; shift ;;
+    --spot) spot=(--spot); shift ;;
+    --dry-run) dry_run=true; shift ;;
+    --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
+    --) shift; break ;;
+    *) fail "unknown argument '$1'; arguments of mmljax.main follow a --" ;;
+  esac
+done
+[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name must be the TPU VM's name (a-z, 0-9, -), \
+found '$name'"
+[[ -n $zone ]] || fail "--zone is missing: the zone of the TPU VM, such as us-west4-a"
+[[ $action == run ]] || ((!$#)) || fail "only run takes arguments after a --, found '$1'"
+
+where=("--zone=$zone" "${project[@]}")
+tpu=(gcloud compute tpus tpu-vm)
+queue=(gcloud compute tpus queued-resources)
+
+on_workers() { # workers, command
+  run "${tpu[@]}" ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
+}
+
+case $action in
+  create)
+    [[ -n $type && -n $version ]] || fail "create needs --type and --version; see --help"
+    if $queued; then
+      run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" \
+        "--accelerator-type=$type" "--runtime-version=$version" "${spot[@]}"
+    else
+      run "${tpu[@]}" create "$name" "${where[@]}" \
+        "--accelerator-type=$type" "--version=$version" "${spot[@]}"
+    fi
+    ;;
+  status)
+    if $queued; then
+      run "${queue[@]}" describe "$name" "${where[@]}"
+    else
+      run "${tpu[@]}" describe "$name" "${where[@]}"
+    fi
+    ;;
+  install)
+    # A bundle carries the revision, which results.json records; uv brings a Python that is new
+    # enough whatever the image has.
+    bundle=${TMPDIR:-/tmp}/mmljax-$name.bundle
+    run git -C "$(dirname "${BASH_SOURCE[0]}")/.." bundle create --quiet "$bundle" HEAD
+    run "${tpu[@]}" scp "$bundle" "$name:mmljax.bundle" "${where[@]}" --worker=all
+    on_workers all "set -e; git init --quiet mmljax; cd mmljax; \
+git fetch --quiet ../mmljax.bundle HEAD; git checkout --quiet --detach FETCH_HEAD; \
+python3 -m pip install --quiet --user uv; \
+python3 -m uv venv --quiet --allow-existing --python 3.12 .venv; \
+python3 -m uv pip install --quiet --python .venv/bin/python -e '.[data,plot,tpu]'"
+    ;;
+  run)
+    (($#)) || fail "nothing to run: give the arguments of mmljax.main after a --"
+    on_workers all "set -e; cd mmljax; \
+if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; \
+then echo 'a run is going on; stop it first' >&2; exit 1; fi; \
+MMLJAX_DISTRIBUTED=1 nohup .venv/bin/python -m mmljax.main $(show "$@") \
+>>run.log 2>&1 </dev/null & echo \$! >run.pid"
+    ;;
+  logs) on_workers "$worker" "tail -n 100 -F mmljax/run.log" ;;
+  stop)
+    # Not TERM: jax.distributed keeps that signal to itself. The run goes on from its checkpoint.
+    on_workers all "kill -KILL \$(cat mmljax/run.pid)"
+    ;;
+  fetch)
+    [[ -n $from && -n $to ]] || fail "fetch needs --from and --to; see --help"
+    run "${tpu[@]}" scp --recurse "$name:$from" "$to" "${where[@]}" --worker=0
+    ;;
+  delete)
+    if $queued; then
+      run "${queue[@]}" delete "$name" "${where[@]}" --force
+    else
+      run "${tpu[@]}" delete "$name" "${where[@]}"
+    fi
+    ;;
+esac

@@ -1,0 +1,127 @@
+"""Decoding, cropping and augmenting one image, in TensorFlow.
+
+Nothing here draws random numbers: a random crop is a pure function of the file's bytes and of
+uniform numbers handed in. EXIF orientation is ignored; grey images become colour ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import tensorflow as tf
+from jaxtyping import Float, Shaped, UInt8
+
+_TRIES = 10
+
+NUMBERS = 2 * _TRIES + 3
+"""How many uniform numbers ``random_crop`` takes."""
+
+
+def random_crop(
+    contents: Shaped[tf.Tensor, ""],
+    numbers: Float[tf.Tensor, " count"],
+    *,
+    image_size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+) -> UInt8[tf.Tensor, "s s 3"]:
+    """Decode only a random window of an image, resize it and perhaps mirror it.
+
+    The window is that of Inception training (Szegedy et al. 2015, arXiv 1409.4842, section 6) in
+    torchvision's form: an area share uniform in ``scale`` and a log-uniform width over height; the
+    first of ten draws that fits counts; else the largest window of an allowed shape, centred.
+
+    Args:
+      contents: JPEG, PNG, BMP or GIF file (its first picture), a scalar string.
+      numbers: ``[NUMBERS]`` float64, uniform in [0, 1).
+      image_size: side of the result, pixels.
+      scale: least and greatest share of the area.
+      ratio: least and greatest width over height.
+      flip: whether to mirror when the last number is below a half.
+
+    Returns:
+      ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
+    """
+
+    def window(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+        return _random_window(height, width, numbers, scale=scale, ratio=ratio)
+
+    def jpeg() -> tf.Tensor:
+        shape = tf.io.extract_jpeg_shape(contents)
+        return tf.image.decode_and_crop_jpeg(
+            contents, window(shape[0], shape[1]), channels=3, dct_method="INTEGER_ACCURATE"
+        )
+
+    def other() -> tf.Tensor:
+        image = _decode_other(contents)
+        top, left, height, width = tf.unstack(window(tf.shape(image)[0], tf.shape(image)[1]))
+        return image[top : top + height, left : left + width]
+
+    image = _resize(tf.cond(tf.io.is_jpeg(contents), jpeg, other), [image_size, image_size])
+    if flip:
+        image = tf.where(numbers[-1] < 0.5, image[:, ::-1], image)
+    return image
+
+
+def center_crop(
+    contents: Shaped[tf.Tensor, ""], *, resize_size: int, image_size: int
+) -> UInt8[tf.Tensor, "s s 3"]:
+    """Decode an image, resize its short side and crop it at the centre.
+
+    Args:
+      contents: as for ``random_crop``.
+      resize_size: short side before the crop, pixels.
+      image_size: side of the result, pixels; at most ``resize_size``.
+
+    Returns:
+      ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
+    """
+
+    def jpeg() -> tf.Tensor:
+        return tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
+
+    image = tf.cond(tf.io.is_jpeg(contents), jpeg, lambda: _decode_other(contents))
+    shape = tf.shape(image)[:2]
+    shape = shape * resize_size // tf.reduce_min(shape)
+    top, left = tf.unstack((shape - image_size) // 2)
+    image = _resize(image, shape)[top : top + image_size, left : left + image_size]
+    return tf.ensure_shape(image, [image_size, image_size, 3])
+
+
+def _random_window(
+    height: tf.Tensor,
+    width: tf.Tensor,
+    numbers: tf.Tensor,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tf.Tensor:
+    """Top, left, height and width of a random window, int32 pixels."""
+    h, w = tf.cast(height, tf.float64), tf.cast(width, tf.float64)
+    share, shape = numbers[:_TRIES], numbers[_TRIES : 2 * _TRIES]
+    area = h * w * (scale[0] + (scale[1] - scale[0]) * share)
+    log_ratio = math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * shape
+    heights = tf.concat([tf.sqrt(area * tf.exp(-log_ratio)), [w / ratio[0]]], axis=0)
+    widths = tf.concat([tf.sqrt(area * tf.exp(log_ratio)), [h * ratio[1]]], axis=0)
+    heights, widths = tf.maximum(tf.round(heights), 1), tf.maximum(tf.round(widths), 1)
+    fits = (heights <= h) & (widths <= w)
+    found = tf.cond(
+        tf.reduce_any(fits[:_TRIES]), lambda: tf.argmax(fits), lambda: tf.constant(_TRIES, tf.int64)
+    )
+    crop = tf.stack([tf.minimum(heights[found], h), tf.minimum(widths[found], w)])
+    free = tf.stack([h, w]) - crop
+    centred = tf.floor(free / 2)
+    drawn = tf.floor(numbers[2 * _TRIES : 2 * _TRIES + 2] * (free + 1))
+    corner = tf.where(found == _TRIES, centred, drawn)
+    return tf.cast(tf.concat([corner, crop], axis=0), tf.int32)
+
+
+def _decode_other(contents: tf.Tensor) -> tf.Tensor:
+    image = tf.io.decode_image(contents, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def _resize(image: tf.Tensor, size: object) -> tf.Tensor:
+    resized = tf.image.resize(image, size, method="bilinear", antialias=True)
+    return tf.saturate_cast(tf.round(resized), tf.uint8)

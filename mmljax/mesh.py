@@ -1,0 +1,97 @@
+"""Devices and processes: the mesh, the shardings, host arrays to global arrays and back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mmljax.errors import UserError
+from mmljax.types import Batch
+
+AXIS = "data"  # the one mesh axis: rows of batches and of proxies are split over it
+
+
+def initialize_distributed() -> None:
+    """Join the other processes, before jax is used in any other way.
+
+    ``MMLJAX_COORDINATOR`` (``host:port``), ``MMLJAX_NUM_PROCESSES`` and ``MMLJAX_PROCESS_ID`` name
+    them; ``MMLJAX_DISTRIBUTED=1`` leaves it to jax, which finds Cloud TPU pods, Slurm and Open MPI
+    by itself. With none of them set the run is of one process.
+
+    Raises:
+      UserError: if only some of the three are set, or a number is none.
+    """
+    names = ("MMLJAX_COORDINATOR", "MMLJAX_NUM_PROCESSES", "MMLJAX_PROCESS_ID")
+    values = [os.environ.get(name) for name in names]
+    if os.environ.get("MMLJAX_DISTRIBUTED") == "1":
+        jax.distributed.initialize()
+        return
+    if not any(values):
+        return
+    coordinator, count, index = values
+    if not (coordinator and count and index and count.isdigit() and index.isdigit()):
+        raise UserError(
+            f"{', '.join(names)} must all be set, the last two to numbers; found {values}"
+        )
+    jax.distributed.initialize(coordinator, int(count), int(index))
+
+
+def make_mesh(devices: Any = None) -> Mesh:
+    """A mesh of all devices (or of those given) along the one axis."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def process_rows(batch_size: int, *, key: str) -> slice:
+    """The rows of a global batch that this process loads.
+
+    Raises:
+      UserError: if the batch does not divide over the devices.
+    """
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise UserError(
+            f"--{key}={batch_size} is not divisible by the {devices} devices; "
+            f"use {max(batch_size // devices, 1) * devices}"
+        )
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's rows of a host batch as a global batch on the devices."""
+    sharding = rows_sharding(mesh)
+    return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """A global array, whole, in this process's memory."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes logs and results."""
+    return jax.process_index() == 0
+
+
+def sync(name: str) -> None:
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,117 @@
+"""Optax optimiser of a run: groups with rates and decays of their own, schedules, clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmljax.config import GroupConfig, OptimizerConfig, RunSize, choose, steps
+
+GROUPS = ("backbone", "head", "proxies", "weights")
+
+
+def label_groups(params: Mapping[str, Any]) -> Any:
+    """The group of each leaf: a network's by its first key, proxies and weights by their own."""
+
+    def label(path: Any, leaf: Any) -> str:
+        del leaf
+        return path[1].key if path[0].key == "network" else path[0].key
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def make_schedules(config: OptimizerConfig, size: RunSize) -> dict[str, optax.Schedule]:
+    """Learning rate of each group as a function of the step.
+
+    A linear warm-up multiplies the rates of backbone, head and proxies, the backbone's after the
+    steps in which it is frozen; the decay runs over the whole run. The contribution weights learn
+    at a constant rate: they must find their balance early.
+
+    Raises:
+      UserError: on an unknown schedule or an ill-formed duration.
+    """
+
+    def duration(key: str) -> int:
+        return steps(getattr(config, key), size, key=f"config.optimizer.{key}")
+
+    warmup, frozen, every = (duration(k) for k in ("warmup", "freeze_backbone", "step_every"))
+    decay = choose(
+        {
+            "constant": lambda step: 1.0,
+            "cosine": optax.cosine_decay_schedule(1.0, max(size.total_steps or 0, 1)),
+            "step": optax.exponential_decay(1.0, max(every, 1), config.step_factor, staircase=True),
+        },
+        config.schedule,
+        key="config.optimizer.schedule",
+    )
+
+    def rise(step: Any, start: int) -> Any:
+        return jnp.clip((step - start + 1) / max(warmup, 1), 0, 1)
+
+    def schedule(group: str) -> optax.Schedule:
+        rate = getattr(config, group).learning_rate
+        if group == "weights":
+            return lambda step: rate
+        start = frozen if group == "backbone" else 0
+        return lambda step: rate * decay(step) * rise(step, start) * (step >= start)
+
+    return {group: schedule(group) for group in GROUPS}
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedules: Mapping[str, optax.Schedule]
+) -> optax.GradientTransformation:
+    """One optimiser per group.
+
+    Each group's gradient is clipped to a norm of its own. Weight decay leaves vectors (biases,
+    scales) alone. The contribution weights are trained by plain gradient descent, whose step on
+    log-weights is the multiplicative update that ``combination.share`` and ``uncertainty`` expect.
+
+    Raises:
+      UserError: on an unknown optimiser.
+    """
+    scale_by = choose(
+        {
+            "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
+            "sgd": lambda: optax.trace(decay=config.b1),
+        },
+        config.name,
+        key="config.optimizer.name",
+    )
+
+    def chain(group: str) -> optax.GradientTransformation:
+        if group == "weights":
+            return optax.scale_by_learning_rate(schedules[group])
+        settings: GroupConfig = getattr(config, group)
+        return optax.chain(
+            optax.clip_by_global_norm(config.clip_norm or math.inf),
+            scale_by(),
+            optax.add_decayed_weights(settings.weight_decay, mask=_is_matrix),
+            optax.scale_by_learning_rate(schedules[group]),
+        )
+
+    return optax.partition({group: chain(group) for group in GROUPS}, label_groups)
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda x: getattr(x, "ndim", 0) > 1, params)
+
+
+def describe_groups(params: Mapping[str, Any], config: OptimizerConfig) -> str:
+    """A table of the groups: arrays, parameters, learning rate, weight decay."""
+    labels = jax.tree.leaves(label_groups(params))
+    leaves = jax.tree.leaves(params)
+    lines = [f"{'group':<10}{'arrays':>8}{'parameters':>14}{'rate':>10}{'decay':>10}"]
+    for group in GROUPS:
+        own = [x for x, label in zip(leaves, labels, strict=True) if label == group]
+        settings: GroupConfig = getattr(config, group)
+        lines.append(
+            f"{group:<10}{len(own):>8}{sum(x.size for x in own):>14,}"
+            f"{settings.learning_rate:>10.2g}{settings.weight_decay:>10.2g}"
+        )
+    return "\n".join(lines)

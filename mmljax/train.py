@@ -1,0 +1,261 @@
+"""A whole run: build, restore, loop, final evaluation. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mmljax import build, checkpoints, optim, report
+from mmljax.config import Config, RunSize, choose, differences, steps, to_dict
+from mmljax.errors import UserError
+from mmljax.evaluate import evaluate, make_embed
+from mmljax.mesh import is_main_process, make_mesh, sync
+from mmljax.plot import plot_contributions
+from mmljax.train_step import make_train_step
+from mmljax.types import Batch, Dataset, TrainState
+
+
+def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Train and evaluate as ``config`` says, going on from ``workdir`` where a run was broken off.
+
+    Args:
+      config: the run; see ``configs/common.py``.
+      workdir: where checkpoints, metrics and results go.
+      dataset: images already in memory, in place of ``config.data.source``.
+
+    Returns:
+      what ``results.json`` holds.
+
+    Raises:
+      UserError: on data or a config that cannot be used, or a loss that is not finite.
+    """
+    started = time.time()
+    _claim(workdir, config)
+
+    # Everything that the config names, so that a mistake shows before any work is done.
+    mesh = make_mesh()
+    objectives = build.make_objectives(config)
+    combination = build.make_combination(config)
+    dataset = build.load_dataset(config) if dataset is None else dataset
+    size = RunSize(config.data.batch_size, len(dataset.train.labels))
+    total = steps(config.duration, size, key="config.duration")
+    duration = partial(steps, size=size._replace(total_steps=total))
+    evaluate_every = duration(config.evaluation.every, key="config.evaluation.every")
+    save_every = duration(config.checkpoint.every, key="config.checkpoint.every")
+    schedules = optim.make_schedules(config.optimizer, size._replace(total_steps=total))
+    optimizer = optim.make_optimizer(config.optimizer, schedules)
+    graphdef, state = build.make_state(
+        config,
+        classes=dataset.classes,
+        channels=build.image_channels(dataset),
+        objectives=len(objectives),
+        combination=combination,
+        optimizer=optimizer,
+        mesh=mesh,
+    )
+    train_step = make_train_step(
+        graphdef=graphdef,
+        objectives=objectives,
+        combination=combination,
+        optimizer=optimizer,
+        mesh=mesh,
+        classes=dataset.classes,
+        centers=config.centers,
+        surgery=choose(
+            {"none": False, "pcgrad": True},
+            config.combination.surgery,
+            key="config.combination.surgery",
+        ),
+        row_block=config.row_block,
+        memory_start=duration(config.memory.start, key="config.memory.start"),
+    )
+    embed = make_embed(graphdef)
+
+    def score(state: TrainState) -> dict[str, float]:
+        result = evaluate(
+            partial(embed, state.params["network"], state.model_state),
+            build.eval_batches(dataset.query, config, mesh),
+            dataset.gallery and build.eval_batches(dataset.gallery, config, mesh),
+            recall_at=config.evaluation.recall_at,
+            chunk=config.evaluation.gallery_chunk,
+            mesh=mesh,
+        )
+        counts = {k: v for k, v in result._asdict().items() if k != "scores"}
+        return {**result.scores, **counts}
+
+    saved = checkpoints.Checkpoints(
+        workdir / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+    )
+    state, first = _restore(saved, state)
+    _describe(config, dataset, state, total=total, first=first)
+    reporter = report.Reporter(
+        workdir,
+        start_step=first,
+        total_steps=total,
+        batch_size=config.data.batch_size,
+        tensorboard=config.log.tensorboard,
+        enabled=is_main_process(),
+    )
+    if first == 0 and config.evaluation.untrained:
+        reporter.evaluation(0, score(state))
+
+    # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint of s,
+    # so that a run which goes on from it has them all.
+    ledger = _Ledger(reporter, schedules)
+    batches = build.train_batches(dataset, config, mesh, range(first, total))
+    for step in range(first + 1, total + 1):
+        batch = ledger.wait_for(batches)
+        state, scalars = train_step(state, batch)
+        ledger.add(step, scalars)
+        last = step == total
+        evaluates = last or (evaluate_every > 0 and step % evaluate_every == 0)
+        saves = evaluates or (save_every > 0 and step % save_every == 0)
+        if saves or step % config.log.every == 0:
+            ledger.flush()
+        scores = None
+        if evaluates:
+            scores = score(state)
+            reporter.evaluation(step, scores)
+            ledger.restart_clock()
+        if saves:
+            saved.save(state, step=step, metrics=scores)
+
+    return _finish(config, workdir, saved, reporter, started=started)
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    """Make the workdir, or check that the run in it is this one."""
+    path = workdir / "config.json"
+    now = to_dict(config)
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), now)
+        if changed:
+            raise UserError(
+                f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
+                "choose another --workdir"
+            )
+        return
+    if is_main_process():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            report.write_atomically(path, json.dumps(now, indent=2))
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
+    sync("claim")
+
+
+def _restore(saved: checkpoints.Checkpoints, state: TrainState) -> tuple[TrainState, int]:
+    restored = saved.restore(state)
+    if restored is None:
+        return state, 0
+    first = int(restored.step)
+    logging.info("going on from step %d of %s", first, saved.directory)
+    return restored, first
+
+
+def _describe(
+    config: Config, dataset: Dataset, state: TrainState, *, total: int, first: int
+) -> None:
+    labels = np.bincount(dataset.train.labels, minlength=dataset.classes)
+    small = int(np.sum(labels < config.data.images_per_class))
+    gallery = "none (self-retrieval)" if dataset.gallery is None else len(dataset.gallery.labels)
+    logging.info(
+        "devices: %d x %s; train %d images of %d items; query %d; gallery %s",
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        len(dataset.train.labels),
+        dataset.classes,
+        len(dataset.query.labels),
+        gallery,
+    )
+    logging.info(
+        "%d items have fewer than K=%d images and are sampled with repetition",
+        small,
+        config.data.images_per_class,
+    )
+    logging.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
+    logging.info("steps %d to %d of %s", first, total, config.duration)
+
+
+class _Ledger:
+    """Holds scalars on the device and fetches them in blocks, so that no step waits for them."""
+
+    def __init__(self, reporter: report.Reporter, schedules: dict[str, Any]) -> None:
+        self._reporter = reporter
+        self._schedules = schedules
+        self._rows: list[tuple[int, dict[str, jax.Array]]] = []
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        begin = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - begin
+        return batch
+
+    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        self._rows.append((step, scalars))
+
+    def flush(self) -> None:
+        """Write the rows since the last flush; stop on the first loss that is not finite."""
+        for step, scalars in jax.device_get(self._rows):
+            row = {name: float(value) for name, value in scalars.items()}
+            for group, schedule in self._schedules.items():
+                row[f"learning_rate/{group}"] = float(schedule(step - 1))
+            self._reporter.train(step, row)
+            broken = [k for k, v in row.items() if not np.isfinite(v)]
+            if broken:
+                raise UserError(
+                    f"{', '.join(broken)} not finite at step {step}; the last checkpoint is kept: "
+                    "lower --config.optimizer.*.learning_rate or set --config.optimizer.clip_norm"
+                )
+        seconds = time.perf_counter() - self._since
+        self._reporter.progress(seconds=seconds, steps=len(self._rows), waited=self._waited)
+        self._rows = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what went before out of the speed."""
+        self._waited, self._since = 0.0, time.perf_counter()
+
+
+def _finish(
+    config: Config,
+    workdir: Path,
+    saved: checkpoints.Checkpoints,
+    reporter: report.Reporter,
+    *,
+    started: float,
+) -> dict[str, Any]:
+    saved.close()
+    reporter.close()
+    sync("finish")
+    rows = report.read_metrics(workdir)
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    untrained = next((row for row in evaluations if row["step"] == 0), None)
+    scores = evaluations[-1]
+    if not is_main_process():
+        return {"scores": scores, "untrained": untrained}
+    results = report.write_results(
+        workdir,
+        scores=scores,
+        config=to_dict(config),
+        extra={"untrained": untrained, "seconds": time.time() - started},
+    )
+    paths = {"checkpoint": saved.directory, "results": results}
+    if config.log.plot and (plot := plot_contributions(rows, workdir / "contributions.png")):
+        paths["plot"] = plot
+    print(report.recall_table(scores, untrained=untrained), flush=True)  # noqa: T201
+    for name, path in paths.items():
+        print(f"{name:<11}{path}", flush=True)  # noqa: T201
+    return json.loads(results.read_text())

@@ -1,0 +1,116 @@
+"""Whole runs small enough for tests, fed by arrays: the config, the data, what a run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+PIXELS = 12
+
+
+def write_images(path: Path, *, train_items: int = 12, test_items: int = 8) -> Path:
+    """An ``.npz`` of items, each a fixed pattern under noise: train, query and gallery."""
+    random = np.random.default_rng(0)
+    items = train_items + test_items
+    patterns = random.integers(0, 180, (items, PIXELS, PIXELS))
+    images, labels, split = [], [], []
+    for item in range(items):
+        for view in range(6):
+            noise = random.integers(0, 76, (PIXELS, PIXELS))
+            images.append((patterns[item] + noise).astype(np.uint8))
+            labels.append(item)
+            test = "query" if view < 3 else "gallery"
+            split.append("train" if item < train_items else test)
+    np.savez(path, images=np.array(images), labels=np.array(labels, np.int32), split=split)
+    return path
+
+
+def write_config(path: Path, images: Path, **changes: Any) -> Path:
+    """A config file over ``configs/common.py``; changes are dotted keys with ``__`` for the dot."""
+    lines = [
+        "import sys",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "from configs import common",
+        "def get_config():",
+        "    config = common.get_config()",
+    ]
+    settings = {
+        "duration": "20 steps",
+        "data.source": "arrays",
+        "data.directory": str(images),
+        "data.image_size": PIXELS,
+        "data.resize_size": PIXELS,
+        "data.batch_size": 16,
+        "data.images_per_class": 4,
+        "data.eval_batch_size": 16,
+        "model.backbone": "small",
+        "model.width": 8,
+        "model.embedding_size": 16,
+        "model.compute_dtype": "float32",
+        "optimizer.warmup": "2 steps",
+        "evaluation.every": "10 steps",
+        "evaluation.recall_at": (1, 2, 4),
+        "evaluation.gallery_chunk": 8,
+        "checkpoint.every": "5 steps",
+        "log.every": 1,
+        "log.tensorboard": False,
+        "log.plot": False,
+    }
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    lines += [f"    config.{key} = {value!r}" for key, value in settings.items()]
+    path.write_text("\n".join([*lines, "    return config", ""]))
+    return path
+
+
+def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
+    """The command line of such a run."""
+    start = [sys.executable, "-m", "mmljax.main", f"--config={config}", f"--workdir={workdir}"]
+    return [*start, *overrides]
+
+
+def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``command(...)`` to its end."""
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def metrics(workdir: Path) -> list[str]:
+    """The lines of ``metrics.jsonl``."""
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def results(workdir: Path) -> dict[str, Any]:
+    """What ``results.json`` holds."""
+    return json.loads((workdir / "results.json").read_text())
+
+
+def final_state(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint, by name, read without the package's own code."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    manager = ocp.CheckpointManager(
+        workdir.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True)
+    )
+    restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    manager.close()
+
+    def plain(x: Any) -> np.ndarray:
+        key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if key else x)
+
+    return {name: plain(x) for name, x in restored.items()}

@@ -1,0 +1,94 @@
+"""The command line as a user meets it: mistakes are one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file over real arrays."""
+    directory = tmp_path_factory.mktemp("small")
+    return runs.write_config(
+        directory / "small.py", runs.write_images(directory / "images.npz"), duration="2 steps"
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("mmljax: error:")]
+    assert len(errors) == 1, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == errors[0]
+    for word in words:
+        assert word in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--config.data.batchsize=8"], ["batchsize", "batch_size"]),
+        (["--config.optimizer.shedule=cosine"], ["shedule", "schedule"]),
+        (["--config.optimizer.schedule=cosin"], ["'cosin'", "'cosine'"]),
+        (["--config.data.batch_size=many"], ["batch_size", "many"]),
+        (["--config.data.batch_size=18"], ["batch_size=18", "images_per_class=4"]),
+        (["--config.duration=soon"], ["--config.duration='soon'", "'600 steps'"]),
+        (["--config.objectives.pair.loss=circl"], ["'circl'", "'circle'"]),
+        (["--config.combination.name=shares"], ["'shares'", "'share'"]),
+        (["--config.objectives.pair.mining.rule=any"], ["rule='any'", "either"]),
+        (["--config.data.directory=/nowhere/x.npz"], ["/nowhere/x.npz", "--config.data.directory"]),
+        (["--config.data.source=folder"], ["'folder'", "in_shop"]),
+        (["--confg=x"], ["confg"]),
+        (["extra"], ["'extra'"]),
+    ],
+)
+def test_mistake_is_one_line(
+    small: Path, tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    assert_refused(runs.run(small, tmp_path / "run", *overrides), *words)
+
+
+def test_batch_that_devices_do_not_divide(small: Path, tmp_path: Path) -> None:
+    done = runs.run(small, tmp_path / "run", "--config.data.batch_size=12", JAX_NUM_CPU_DEVICES="8")
+    assert_refused(done, "--config.data.batch_size=12", "8 devices", "use 8")
+
+
+def test_missing_config_file(tmp_path: Path) -> None:
+    assert_refused(runs.run(tmp_path / "none.py", tmp_path / "run"), "none.py")
+
+
+def test_workdir_that_cannot_be_made(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(runs.run(small, tmp_path / "file/run"), "--workdir", "file/run")
+
+
+def test_runs_on_eight_devices(small: Path, tmp_path: Path) -> None:
+    done = runs.run(small, tmp_path / "run", JAX_NUM_CPU_DEVICES="8")
+    assert done.returncode == 0, done.stderr
+    assert "Recall@1" in done.stdout
+    assert "8 x cpu" in done.stderr
+
+
+def test_help_and_objectives_import_no_tensorflow() -> None:
+    """Neither help nor the pure functions may wait for TensorFlow."""
+    listing = "; import sys; print(any(m.split('.')[0] == 'tensorflow' for m in sys.modules))"
+    for program in (
+        "import mmljax.objectives.pair, mmljax.objectives.proxy, mmljax.mining" + listing,
+        "import runpy, sys; sys.argv = ['main', '--help']\n"
+        "try:\n runpy.run_module('mmljax.main', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code in (0, 1), end.code\n"
+        "import sys; print(any(m.split('.')[0] == 'tensorflow' for m in sys.modules))",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=runs.ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip().splitlines()[-1] == "False"

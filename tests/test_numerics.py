@@ -1,0 +1,61 @@
+"""The shared stable forms, at the values where plain formulas break."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmljax import numerics
+from mmljax.types import Values
+
+
+def test_doctest() -> None:
+    assert doctest.testmod(numerics).failed == 0
+
+
+def test_l2_normalize_has_unit_rows_and_survives_zero() -> None:
+    x = jnp.array([[3.0, 4.0], [0.0, 0.0], [1e-3, 0.0], [3e18, 4e18]])
+    y = numerics.l2_normalize(x)
+    np.testing.assert_allclose(y, [[0.6, 0.8], [0, 0], [1, 0], [0.6, 0.8]], rtol=1e-6)
+    gradient = jax.jacobian(numerics.l2_normalize)(x)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("add_one", [False, True])
+def test_masked_logsumexp_equals_the_loop(add_one: bool) -> None:
+    random = np.random.default_rng(0)
+    x, mask = random.normal(0, 3, (6, 9)), random.random((6, 9)) < 0.4
+    mask[2] = False
+    with jax.enable_x64(True):
+        got = numerics.masked_logsumexp(jnp.asarray(x), mask, add_one=add_one)
+    for i in range(6):
+        total = sum(math.exp(x[i, j]) for j in range(9) if mask[i, j]) + add_one
+        assert float(got[i]) == pytest.approx(math.log(total) if mask[i].any() else 0, rel=1e-12)
+
+
+@pytest.mark.parametrize("add_one", [False, True])
+def test_masked_logsumexp_neither_overflows_nor_poisons_gradients(add_one: bool) -> None:
+    x = jnp.array([[1e4, 9e3, jnp.inf], [-1e4, -2e4, jnp.nan], [5.0, jnp.inf, 2.0]])
+    mask = jnp.array([[True, True, False], [True, True, False], [False, False, False]])
+
+    def total(x: jax.Array) -> jax.Array:
+        return numerics.masked_logsumexp(x, mask, add_one=add_one).sum()
+
+    value = numerics.masked_logsumexp(x, mask, add_one=add_one)
+    np.testing.assert_allclose(value, [1e4, 0 if add_one else -1e4, 0])
+    gradient = jax.grad(total)(x)
+    np.testing.assert_allclose(gradient, [[1, 0, 0], [0 if add_one else 1, 0, 0], [0, 0, 0]])
+
+
+def test_masked_mean_is_zero_of_nothing_and_hides_no_nan() -> None:
+    value, none = jnp.array([1.0, jnp.nan, 4.0]), jnp.zeros(3, bool)
+    assert float(numerics.masked_mean(Values(value, none))) == 0
+    assert float(numerics.masked_mean(Values(value, jnp.array([True, False, True])))) == 2.5
+    assert math.isnan(float(numerics.masked_mean(Values(value, jnp.array([True, True, True])))))
+    terms = Values(jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([[True, False], [True, True]]))
+    np.testing.assert_allclose(numerics.masked_mean(terms), [1, 4])
