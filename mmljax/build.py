@@ -18,8 +18,7 @@ from mmljax import combination, mining
 from mmljax.config import Config, ObjectiveConfig, choose, nearest
 from mmljax.errors import UserError
 from mmljax.mesh import AXIS, place, process_rows
-
-make_embedder = None
+from mmljax.models.embedder import make_embedder
 from mmljax.objectives import pair, proxy, ranking, separation
 from mmljax.relations import RELATIONS
 from mmljax.types import Batch, Combination, Dataset, Objective, Split, TrainState
@@ -68,7 +67,7 @@ COMBINATIONS: dict[str, Callable[..., Combination]] = {
     "random": combination.random,
 }
 
-PROXY_MULTIPLE = 128  # proxies are padded to it, so that a checkpoint fits any device count
+PROXY_MULTIPLE = 128  # classes are padded to it, so that a checkpoint fits any device count
 
 
 def make_objectives(config: Config) -> list[Objective]:
@@ -256,7 +255,7 @@ def make_state(
     dtype = jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
     size = config.model.embedding_size
     key = jax.random.key(config.seed)
-    rows = -(-classes * config.centers // PROXY_MULTIPLE) * PROXY_MULTIPLE
+    rows = -(-classes // PROXY_MULTIPLE) * PROXY_MULTIPLE * config.centers
     proxies = jax.random.normal(jax.random.fold_in(key, 0), (rows, size), dtype) / np.sqrt(size)
     weights, combination_state = combination.init(objectives)
     params = {"network": nnx.to_pure_dict(network), "proxies": proxies, "weights": weights}

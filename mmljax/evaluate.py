@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mmljax import metrics
 from mmljax.errors import UserError
@@ -54,10 +55,10 @@ class Retrieval(NamedTuple):
 
 
 def retrieval_scores(
-    queries: Float[np.ndarray, "q d"],
-    query_labels: Int[np.ndarray, " q"],
-    gallery: Float[np.ndarray, "g d"] | None,
-    gallery_labels: Int[np.ndarray, " g"] | None,
+    queries: Any,
+    query_labels: Any,
+    gallery: Any | None,
+    gallery_labels: Any | None,
     *,
     recall_at: tuple[int, ...],
     chunk: int,
@@ -66,11 +67,11 @@ def retrieval_scores(
     """Recall@K, R-precision and MAP@R of queries against a gallery, or among themselves.
 
     Args:
-      queries: unit vectors.
-      query_labels: their items.
-      gallery: unit vectors, or None for self-retrieval, where each query is left out of its own
-        search by its index.
-      gallery_labels: their items.
+      queries: unit vectors in NumPy, ``[q d]``.
+      query_labels: their items, ``[q]``.
+      gallery: ``[g d]``, or None for self-retrieval, where each query is left out of its own search
+        by its index.
+      gallery_labels: their items, ``[g]``.
       recall_at: the K of Recall@K.
       chunk: gallery rows per matrix product.
       mesh: the devices that share the gallery.
@@ -93,22 +94,21 @@ def retrieval_scores(
     if not np.any(relevant_count > 0):
         raise UserError("no query has an image of its item in the gallery; check the split file")
     k = min(max(*recall_at, int(relevant_count.max())), candidates)
-    _, index = sharded_nearest_neighbors(
-        queries, gallery, k=k, chunk=chunk, self_index=own, mesh=mesh
-    )
-    relevant = gallery_labels[to_host(index)] == query_labels[:, None]
+    search = partial(sharded_nearest_neighbors, k=k, chunk=chunk, mesh=mesh)
+    found = search(queries, gallery, self_index=own)
+    relevant = gallery_labels[to_host(found.indices)] == query_labels[:, None]
     values = {
         f"recall@{at}": metrics.recall_at_k(relevant, relevant_count, k=at) for at in recall_at
     }
     values["r_precision"] = metrics.r_precision(relevant, relevant_count)
     values["map@r"] = metrics.map_at_r(relevant, relevant_count)
-    found = relevant_count > 0
+    counted = relevant_count > 0
     return Retrieval(
         scores={name: float(masked_mean(value)) for name, value in values.items()},
         queries=len(queries),
         gallery=len(gallery),
-        lone_queries=int(np.sum(~found)),
-        chance=float(np.mean(relevant_count[found] / candidates)),
+        lone_queries=int(np.sum(~counted)),
+        chance=float(np.mean(relevant_count[counted] / candidates)),
     )
 
 

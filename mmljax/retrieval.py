@@ -34,8 +34,9 @@ from mmljax.numerics import similarity_matrix
 QUERY_BLOCK = 512
 """Queries that meet the gallery at once."""
 
+_WIDTH = 128  # chunks are multiples of it, so that backends choose one kernel, and round alike
 _SMALLEST_GROUP = 8  # below it, finding the best groups costs more than it spares
-_CPU_SLICES = 16  # of a query block, each with a top-k of its own
+_CPU_ROWS = 32  # of a query block, per call of top-k
 
 _Result = TypeVar("_Result", bound=tuple)
 
@@ -44,7 +45,7 @@ class Neighbors(NamedTuple):
     """The gallery's rows most similar to each query, best first."""
 
     similarity: Float[Array, "q k"]
-    index: Int[Array, "q k"]
+    indices: Int[Array, "q k"]
 
 
 class PositiveRanks(NamedTuple):
@@ -60,6 +61,7 @@ class PositiveRanks(NamedTuple):
     relevant: Int[Array, " q"]  # relevant rows in the gallery
 
 
+@functools.partial(jax.jit, static_argnames=("k", "chunk"))
 def nearest_neighbors(
     queries: Float[Array, "q d"],
     gallery: Float[Array, "g d"],
@@ -74,8 +76,8 @@ def nearest_neighbors(
       queries: finite embeddings; of unit length where cosine similarity is meant.
       gallery: embeddings to search.
       k: neighbours per query.
-      chunk: most gallery rows per matrix product (but at least ``k``). The fewer products the
-        faster, so the largest that memory allows.
+      chunk: most gallery rows per matrix product, rounded up to a multiple of 128 that holds
+        ``k``. The fewer products the faster, so the largest that memory allows.
       self_index: each query's own row of the gallery, which it shall not find.
 
     Returns:
@@ -85,9 +87,11 @@ def nearest_neighbors(
       UserError: the gallery has fewer than ``k`` rows to find, or ``k`` or ``chunk`` is below 1.
     """
     _check(queries, gallery, k, chunk, self_index)
-    return _nearest_neighbors(queries, gallery, self_index, k=k, chunk=chunk)
+    search = functools.partial(_search, gallery=gallery, rows=gallery.shape[0], k=k, chunk=chunk)
+    return _in_blocks(search, (queries, _own(self_index, queries)), block=QUERY_BLOCK)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "chunk", "mesh", "axis"))
 def sharded_nearest_neighbors(
     queries: Float[Array, "q d"],
     gallery: Float[Array, "g d"],
@@ -102,15 +106,31 @@ def sharded_nearest_neighbors(
 
     Each device finds its part's neighbours of all queries (which are replicated); the lists are
     gathered in the order of the devices, that is of the gallery, and merged. The result is
-    replicated, and equals that of one device in every bit, ties included, wherever the backend
-    rounds an inner product alike in blocks of different widths.
+    replicated, and equals that of one device in every bit, ties included, on a backend that rounds
+    an inner product alike in all blocks whose widths are multiples of 128 (XLA's CPU does).
     """
     _check(queries, gallery, k, chunk, self_index)
-    return _sharded_nearest_neighbors(
-        queries, gallery, self_index, k=k, chunk=chunk, mesh=mesh, axis=axis
-    )
+    rows, devices = gallery.shape[0], mesh.shape[axis]
+    part_rows = -(-rows // devices)
+
+    def on_device(queries: Array, own: Array, part: Array) -> Neighbors:
+        first = lax.axis_index(axis) * part_rows
+
+        def search(queries: Array, own: Array) -> Neighbors:
+            # Within its part, a device counts columns from 0.
+            found = _search(queries, own - first, gallery=part, rows=rows - first, k=k, chunk=chunk)
+            found = found._replace(indices=found.indices + first)
+            return _best_of(lax.all_gather(found, axis, axis=1, tiled=True), k)
+
+        return _in_blocks(search, (queries, own), block=QUERY_BLOCK)
+
+    split, whole = PartitionSpec(axis), PartitionSpec()
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole, check_vma=False
+    )(queries, _own(self_index, queries), _pad_rows(gallery, part_rows * devices))
 
 
+@functools.partial(jax.jit, static_argnames="chunk")
 def positive_ranks(
     queries: Float[Array, "q d"],
     gallery: Float[Array, "g d"],
@@ -140,113 +160,56 @@ def positive_ranks(
       UserError: the gallery has no row to find, or ``chunk`` is below 1.
     """
     _check(queries, gallery, 1, chunk, self_index)
-    return _positive_ranks(queries, gallery, query_labels, gallery_labels, self_index, chunk=chunk)
-
-
-@functools.partial(jax.jit, static_argnames=("k", "chunk"))
-def _nearest_neighbors(
-    queries: Array, gallery: Array, self_index: Array | None, *, k: int, chunk: int
-) -> Neighbors:
-    search = functools.partial(_search, gallery=gallery, rows=gallery.shape[0], k=k, chunk=chunk)
-    return _in_blocks(search, (queries, _own(self_index, queries)), block=QUERY_BLOCK)
-
-
-@functools.partial(jax.jit, static_argnames=("k", "chunk", "mesh", "axis"))
-def _sharded_nearest_neighbors(
-    queries: Array,
-    gallery: Array,
-    self_index: Array | None,
-    *,
-    k: int,
-    chunk: int,
-    mesh: Mesh,
-    axis: str,
-) -> Neighbors:
-    rows, devices = gallery.shape[0], mesh.shape[axis]
-    part = -(-rows // devices)
-
-    def on_device(queries: Array, own: Array, gallery: Array) -> Neighbors:
-        first = lax.axis_index(axis) * part
-
-        def search(queries: Array, own: Array) -> Neighbors:
-            # The part's columns are numbered from 0, and so are here its rows and the query's own.
-            found = _search(
-                queries, own - first, gallery=gallery, rows=rows - first, k=k, chunk=chunk
-            )
-            found = found._replace(index=found.index + first)
-            return _best_of(lax.all_gather(found, axis, axis=1, tiled=True), k)
-
-        return _in_blocks(search, (queries, own), block=QUERY_BLOCK)
-
-    split, whole = PartitionSpec(axis), PartitionSpec()
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole, check_vma=False
-    )(queries, _own(self_index, queries), _pad_rows(gallery, part * devices))
-
-
-@functools.partial(jax.jit, static_argnames="chunk")
-def _positive_ranks(
-    queries: Array,
-    gallery: Array,
-    query_labels: Array,
-    gallery_labels: Array,
-    self_index: Array | None,
-    *,
-    chunk: int,
-) -> PositiveRanks:
     own = _own(self_index, queries)
     # In the gallery ordered by label, the rows relevant to a query lie side by side.
     order = jnp.argsort(gallery_labels)
-    first, end = (
+    start, end = (
         jnp.searchsorted(gallery_labels[order], query_labels, side=side).astype(jnp.int32)
         for side in ("left", "right")
     )
-    own_is_relevant = (own >= 0) & (gallery_labels[own] == query_labels)
-    most = jnp.max(end - first)
+    most = jnp.max(end - start)
 
-    def rank(queries: Array, own: Array, first: Array, end: Array) -> PositiveRanks:
-        similarity = similarity_matrix(queries, gallery)
+    def rank(queries: Array, own: Array, start: Array, end: Array) -> PositiveRanks:
+        similarity = _similarity(queries, gallery)
         row = jnp.arange(queries.shape[0])
 
-        def fold(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            best, level = carry
-            place = first + step
-            column = order.at[place].get(mode="clip")
-            counts = (place < end) & (column != own)
+        def fold(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            best, level, relevant = carry
+            column = order.at[start + step].get(mode="clip")
+            counts = (start + step < end) & (column != own)
             value = jnp.where(counts, similarity[row, column], -jnp.inf)
             level = jnp.where(value > best, 1, level + (counts & (value == best)))
-            return jnp.maximum(value, best), level
+            return jnp.maximum(value, best), level, relevant + counts
 
-        nothing = jnp.full_like(similarity[:, 0], -jnp.inf), jnp.zeros_like(first)
-        best, tied_relevant = lax.fori_loop(0, most, fold, nothing)
+        none = jnp.zeros_like(start)
+        lowest = jnp.full(start.shape, -jnp.inf, similarity.dtype)
+        best, tied_relevant, relevant = lax.fori_loop(0, most, fold, (lowest, none, none))
         other = jnp.arange(gallery.shape[0]) != own[:, None]
         above, level = _count_rows(
             other & (similarity > best[:, None]), other & (similarity == best[:, None])
         )
-        return PositiveRanks(best, above, level - tied_relevant, tied_relevant, end - first)
+        return PositiveRanks(best, above, level - tied_relevant, tied_relevant, relevant)
 
     block = min(QUERY_BLOCK, max(QUERY_BLOCK * chunk // gallery.shape[0], QUERY_BLOCK // 8))
-    ranks = _in_blocks(rank, (queries, own, first, end), block=block)
-    return ranks._replace(relevant=ranks.relevant - own_is_relevant)
+    return _in_blocks(rank, (queries, own, start, end), block=block)
 
 
 def _search(
     queries: Array, own: Array, *, gallery: Array, rows: Array | int, k: int, chunk: int
 ) -> Neighbors:
-    """Neighbours of one block of queries among the gallery's first ``rows``, chunk by chunk.
+    """Neighbours of one block of queries among the first ``rows`` of ``gallery``, if it has those.
 
     Where there are fewer than ``k``, the list ends in similarities of -inf.
     """
+    rows = jnp.minimum(rows, gallery.shape[0])
     chunks = -(-gallery.shape[0] // chunk)
-    width = max(-(-gallery.shape[0] // chunks), k)
-    group = _group_size(width, k)
-    width = -(-width // group) * group
+    width = _round_up(max(-(-gallery.shape[0] // chunks), k), _WIDTH)
     chunked = _pad_rows(gallery, chunks * width).reshape(chunks, width, -1)
 
     def look(first: Array | int, part: Array) -> Neighbors:
-        similarity = similarity_matrix(queries, part)
-        value, index = _grouped_top_k(similarity, own - first, rows - first, k=k, group=group)
-        return Neighbors(value, index + first)
+        similarity = _similarity(queries, part)
+        found = _grouped_top_k(similarity, own - first, rows - first, k=k)
+        return found._replace(indices=found.indices + first)
 
     def merge(best: Neighbors, item: tuple[Array, Array]) -> tuple[Neighbors, None]:
         new = look(*item)
@@ -258,23 +221,23 @@ def _search(
     return lax.scan(merge, look(0, chunked[0]), (firsts, chunked[1:]))[0]
 
 
-def _grouped_top_k(
-    similarity: Array, own: Array, rows: Array | int, *, k: int, group: int
-) -> tuple[Array, Array]:
+def _grouped_top_k(similarity: Array, own: Array, rows: Array, *, k: int) -> Neighbors:
     """Top-k of each row over the columns below ``rows`` other than ``own``.
 
-    Columns in groups of ``group`` neighbours: only the groups with the highest maxima are looked
-    into. That is exact. Let x be one of the k best (by value, then by lower column) and suppose
-    that k groups were chosen before its own: each has a maximum above x, or equal to x at a lower
-    column, as groups of equal maxima are chosen in the order of their columns. So k columns come
-    before x, against the supposition. The maxima are taken before hidden columns are, as that
-    spares a copy of the similarities; so the maximum of two groups may be a hidden column's (that
-    of ``own``, and the last one below ``rows``), and two groups more are chosen.
+    Of groups of columns side by side, only those with the highest maxima are looked into. That is
+    exact: let x be one of the k best (by value, then by lower column), and k groups be preferred
+    to its own. Each has a maximum above x, or equal to x at a lower column, as of equal maxima
+    those of lower columns are preferred. So k columns come before x: a contradiction.
+
+    To hide columns before the maxima would copy all similarities. They are hidden afterwards, so
+    two maxima may be hidden columns' (of the group of ``own``, and of the group that ``rows`` cuts
+    in two), and two groups more are chosen.
     """
+    group = _group_size(similarity.shape[1], k)
     if group == 1:
         column = jnp.arange(similarity.shape[1])
         hidden = (column >= rows) | (column == own[:, None])
-        return _top_k(jnp.where(hidden, -jnp.inf, similarity), k)
+        return Neighbors(*_top_k(jnp.where(hidden, -jnp.inf, similarity), k))
     grouped = similarity.reshape(similarity.shape[0], -1, group)
     starts = jnp.arange(grouped.shape[1]) * group
     peak, chosen = _top_k(jnp.where(starts < rows, jnp.max(grouped, axis=2), -jnp.inf), k + 2)
@@ -284,31 +247,29 @@ def _grouped_top_k(
     value = value.reshape(column.shape)
     # Nothing below the lowest chosen peak is among the best; hiding it makes the top-k cheaper.
     hidden = (column >= rows) | (column == own[:, None]) | (value < peak[:, -1:])
-    value, place = _top_k(jnp.where(hidden, -jnp.inf, value), k)
-    return value, jnp.take_along_axis(column, place, axis=1, mode="promise_in_bounds")
+    return _best_of(Neighbors(jnp.where(hidden, -jnp.inf, value), column), k)
 
 
 def _best_of(found: Neighbors, k: int) -> Neighbors:
     """The k best of lists side by side, those of lower gallery indices first."""
     value, place = _top_k(found.similarity, k)
     return Neighbors(
-        value, jnp.take_along_axis(found.index, place, axis=1, mode="promise_in_bounds")
+        value, jnp.take_along_axis(found.indices, place, axis=1, mode="promise_in_bounds")
     )
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     """``lax.top_k``; on CPU by slices, as XLA gives each call one thread but runs several."""
 
-    def sliced(x: Array) -> tuple[Array, Array]:
-        parts = [lax.top_k(part, k) for part in jnp.split(x, math.gcd(x.shape[0], _CPU_SLICES))]
-        values, places = zip(*parts, strict=True)
-        return jnp.concatenate(values), jnp.concatenate(places)
+    def sliced(x: Array) -> tuple[Array, ...]:
+        parts = [lax.top_k(part, k) for part in jnp.split(x, max(1, x.shape[0] // _CPU_ROWS))]
+        return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
 
-    def whole(x: Array) -> tuple[Array, Array]:
-        values, places = lax.top_k(x, k)
-        return values, places
+    return lax.platform_dependent(x, cpu=sliced, default=lambda x: tuple(lax.top_k(x, k)))
 
-    return lax.platform_dependent(x, cpu=sliced, default=whole)
+
+def _similarity(queries: Array, gallery: Array) -> Array:
+    return similarity_matrix(queries.astype(jnp.float32), gallery.astype(jnp.float32))
 
 
 def _count_rows(a: Array, b: Array) -> tuple[Array, Array]:
@@ -328,7 +289,7 @@ def _in_blocks(
 ) -> _Result:
     """``function`` over blocks of the arrays' rows, one after the other; the results joined."""
     rows = arrays[0].shape[0]
-    block = min(block, -(-rows // _CPU_SLICES) * _CPU_SLICES)
+    block = min(block, _round_up(rows, _CPU_ROWS))
     blocks = -(-rows // block)
     split = [_pad_rows(x, blocks * block).reshape(blocks, block, *x.shape[1:]) for x in arrays]
     results = lax.map(lambda items: function(*items), tuple(split))
@@ -336,9 +297,13 @@ def _in_blocks(
 
 
 def _group_size(width: int, k: int) -> int:
-    """Columns per group: the power of two that makes about as many groups as candidates."""
-    group = 2 ** int(math.log2(math.sqrt(width / k)))
+    """Columns per group: a power of two that makes about as many groups as candidates."""
+    group = min(2 ** int(math.log2(math.sqrt(width / k))), _WIDTH)
     return group if group >= _SMALLEST_GROUP and width // group >= k + 2 else 1
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
 
 
 def _own(self_index: Array | None, queries: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,22 @@ def test_a_missing_file_is_named(files):
     Path(files.images[13]).unlink()
     with pytest.raises(UserError, match=r"image 13\.jpg \(.*13\.jpg\) cannot be read .*directory"):
         _eval(files)
+
+
+def test_leaving_early_leaves_no_thread_behind(files):
+    before = threading.active_count()
+    batches = pipeline.train_batches(
+        files,
+        config=_config(),
+        seed=0,
+        steps=range(10**9),
+        rows=slice(8),
+        place=lambda batch: batch,
+    )
+    next(batches)
+    assert threading.active_count() > before
+    del batches
+    assert threading.active_count() == before
 
 
 def test_mistakes_are_found_before_any_image_is_read(files):

@@ -7,6 +7,8 @@ the batches are the same for any number of threads and processes, and from any f
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -86,8 +88,7 @@ def train_batches(
         )
         return _rows(split, indices[rows], numbers[rows])
 
-    count = len(range(config.batch_size)[rows])
-    return one_ahead(map(place, _read(split, plan, steps, count=count, crop=crop, config=config)))
+    return one_ahead(map(place, _read(split, plan, steps, crop=crop, config=config)))
 
 
 def eval_batches(
@@ -122,8 +123,8 @@ def eval_batches(
         indices = ordered_indices(len(split.labels), batch_size=size, step=step)[rows]
         return _rows(split, indices, np.zeros((len(indices), transforms.NUMBERS)))
 
-    steps, count = range(-(-len(split.labels) // size)), len(range(size)[rows])
-    return one_ahead(map(place, _read(split, plan, steps, count=count, crop=crop, config=config)))
+    steps = range(-(-len(split.labels) // size))
+    return one_ahead(map(place, _read(split, plan, steps, crop=crop, config=config)))
 
 
 def _rows(split: Split, indices: Int[np.ndarray, " r"], numbers: np.ndarray) -> _Rows:
@@ -137,39 +138,63 @@ def _read(
     plan: Callable[[int], _Rows],
     steps: range,
     *,
-    count: int,
     crop: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     config: DataConfig,
 ) -> Iterator[Batch]:
-    """NumPy batches of the ``count`` rows that are planned for each step."""
-    read = _reader(split)
+    """NumPy batches of the rows that are planned for each step, ``prefetch`` of them ahead."""
+    decode = _decoder(_reader(split), crop, config)
+
+    def make(step: int) -> Batch:
+        rows = plan(step)
+        try:
+            images = decode(rows).numpy()
+        except tf.errors.OpError:
+            _find_culprit(split, rows, crop=crop)
+            raise
+        return host_batch(split, rows.indices, images)
+
+    # Two batches at a time, so that no thread idles while a batch waits for its last image.
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+    try:
+        for step in steps:
+            pending.append(pool.submit(make, step))
+            if len(pending) > config.prefetch:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decoder(
+    read: Callable[[tf.Tensor], tf.Tensor],
+    crop: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    config: DataConfig,
+) -> Callable[[_Rows], tf.Tensor]:
+    """Rows to images ``[r image_size image_size 3]``: one graph, traced once.
+
+    tf.data runs within the graph and calls no Python: an iterator over a Python generator can
+    block the interpreter's exit when it is left before its end.
+    """
     shape = [config.image_size, config.image_size, 3]
 
-    def load(rows: _Rows) -> tuple[tf.Tensor, tf.Tensor]:
+    def load(rows: _Rows) -> tf.Tensor:
         image = tf.cond(
             rows.indices >= 0,
             lambda: crop(read(rows.contents), rows.numbers),
             lambda: tf.zeros(shape, tf.uint8),
         )
-        return rows.indices, tf.ensure_shape(image, shape)
+        return tf.ensure_shape(image, shape)
 
-    signature = _Rows(
-        tf.TensorSpec([count], tf.int64),
-        tf.TensorSpec([count], tf.string),
-        tf.TensorSpec([count, transforms.NUMBERS], tf.float64),
-    )
-    dataset = tf.data.Dataset.from_generator(lambda: map(plan, steps), output_signature=signature)
-    threads = config.threads or tf.data.AUTOTUNE
-    dataset = dataset.unbatch().map(load, num_parallel_calls=threads)
-    dataset = dataset.batch(count).prefetch(config.prefetch).with_options(_options(config.threads))
-    batches = dataset.as_numpy_iterator()
-    for step in steps:
-        try:
-            indices, images = next(batches)
-        except tf.errors.OpError:
-            _find_culprit(split, plan(step), crop=crop)
-            raise
-        yield host_batch(split, indices, images)
+    @tf.function(reduce_retracing=True)
+    def decode(rows: _Rows) -> tf.Tensor:
+        dataset = tf.data.Dataset.from_tensor_slices(rows)
+        threads = config.threads or os.cpu_count()
+        dataset = dataset.map(load, num_parallel_calls=threads, deterministic=True)
+        return dataset.batch(len(rows.indices)).get_single_element()
+
+    return decode
 
 
 def _reader(split: Split) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -202,12 +227,3 @@ def _find_culprit(
                 f"{name} cannot be decoded: its {len(data.numpy())} bytes are no whole JPEG, PNG, "
                 "GIF or BMP image; fetch the file again or take it off the data set's list"
             ) from error
-
-
-def _options(threads: int) -> tf.data.Options:
-    options = tf.data.Options()
-    options.deterministic = True
-    options.threading.max_intra_op_parallelism = 1
-    if threads:
-        options.threading.private_threadpool_size = threads
-    return options

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mmljax.config import choose
-
-AXIS = "data"
-"""Mesh axis over which BatchNorm averages the statistics of a training batch."""
+from mmljax.mesh import AXIS
 
 
 class Stem(NamedTuple):
@@ -26,7 +23,7 @@ class Stem(NamedTuple):
 
     kernel: int
     stride: int
-    max_pool: bool  # 3 x 3, stride 2, behind the convolution
+    max_pool: bool  # 3 x 3 with stride 2, after the convolution
 
 
 class BasicBlock(nnx.Module):
@@ -88,7 +85,8 @@ class ResNet(nnx.Module):
     the width. ``features`` is the number of output channels.
 
     In training BatchNorm takes its statistics over the global batch, by a mean over the mesh axis
-    ``data``, and so must be traced inside a ``shard_map`` over that axis.
+    ``data``, and so must be traced inside a ``shard_map`` over that axis. Its running variance is
+    that of the biased estimate (torch's is of the unbiased one).
     """
 
     def __init__(
@@ -102,7 +100,8 @@ class ResNet(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        convolution, norm = _layers(dtype=dtype, rngs=rngs)
+        kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        convolution, norm = _layers(**kind)
         self.max_pool = stem.max_pool
         self.stages = tuple(f"layer{i + 1}" for i in range(len(depths)))
         self.conv1 = convolution(channels, width, kernel=stem.kernel, stride=stem.stride)
@@ -112,10 +111,8 @@ class ResNet(nnx.Module):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(
-                    block(self.features, width << i, stride=stride, dtype=dtype, rngs=rngs)
-                )
-                self.features = (width << i) * block.expansion
+                blocks.append(block(self.features, width * 2**i, stride=stride, **kind))
+                self.features = width * 2**i * block.expansion
             setattr(self, name, nnx.List(blocks))
 
     def __call__(
@@ -132,17 +129,22 @@ class ResNet(nnx.Module):
 
 
 _IMAGENET = Stem(kernel=7, stride=2, max_pool=True)
+_FINE = Stem(kernel=3, stride=2, max_pool=False)
+_COARSE = Stem(kernel=7, stride=4, max_pool=False)
 
 BACKBONES: Mapping[str, Callable[..., ResNet]] = {
-    "small": functools.partial(
-        ResNet, BasicBlock, (1, 1, 1), stem=Stem(kernel=3, stride=2, max_pool=False)
-    ),
+    "small": functools.partial(ResNet, BasicBlock, (1, 1, 1), stem=_FINE),
+    "small_stride4": functools.partial(ResNet, BasicBlock, (1, 1, 1), stem=_COARSE),
     "resnet18": functools.partial(ResNet, BasicBlock, (2, 2, 2, 2), stem=_IMAGENET),
     "resnet34": functools.partial(ResNet, BasicBlock, (3, 4, 6, 3), stem=_IMAGENET),
     "resnet50": functools.partial(ResNet, Bottleneck, (3, 4, 6, 3), stem=_IMAGENET),
     "resnet101": functools.partial(ResNet, Bottleneck, (3, 4, 23, 3), stem=_IMAGENET),
 }
-"""Constructors ``(*, width, channels, dtype, rngs)``; torchvision's width is 64."""
+"""Constructors ``(*, width, channels, dtype, rngs)``; torchvision's width is 64.
+
+``small`` is for images of 17 to 40 pixels, ``small_stride4`` for 33 and more: the last map of a
+small network is to stay above 2 x 2, where a 3 x 3 convolution is ten times slower on a CPU.
+"""
 
 
 def make_backbone(
@@ -167,18 +169,17 @@ def make_backbone(
 def _layers(
     *, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[Callable[..., nnx.Conv], Callable[..., nnx.BatchNorm]]:
-    """Constructors of a block's convolutions and BatchNorms."""
+    """Constructors of convolutions and BatchNorms that share a dtype and a source of keys."""
 
     def convolution(inputs: int, outputs: int, *, kernel: int, stride: int = 1) -> nnx.Conv:
-        # SAME would pad a strided convolution on one side alone where torch pads both.
         return nnx.Conv(
             inputs,
             outputs,
             (kernel, kernel),
             strides=stride,
-            padding=kernel // 2,
+            padding=kernel // 2,  # SAME would pad a strided convolution on one side only
             use_bias=False,
-            kernel_init=_FAN_OUT,
+            kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
             dtype=dtype,
             rngs=rngs,
         )
@@ -195,12 +196,12 @@ def _layers(
     return convolution, norm
 
 
-_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+_Arrays = TypeVar("_Arrays", bound=tuple[Any, ...])
 
 
-def _as_they_are(arrays: Any, *, dtype: Any) -> Any:
+def _as_they_are(arrays: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -> _Arrays:
     """Promote nothing: statistics, scale and shift stay float32, the result alone is cast."""
-    del dtype
+    del dtype, inexact
     return arrays
 
 
