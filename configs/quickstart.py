@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.resize_size = 64
     config.data.crop_scale = (0.5, 1.0)
     config.data.batch_size = 64
-    config.model.backbone = "small"
+    config.model.backbone = "small_stride4"
     config.model.width = 32
     config.model.embedding_size = 128
     config.model.compute_dtype = "float32"

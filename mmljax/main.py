@@ -5,11 +5,13 @@ The imports of what trains are deferred, so that ``--help`` is immediate.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mmljax import config as config_lib
@@ -37,7 +39,14 @@ def main(argv: list[str]) -> None:
     default = Path("runs") / f"{name}-{config_lib.fingerprint(config)}"
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
 
-    logging.set_verbosity(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file that it writes
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    own = logging.getLogger("mmljax")
+    own.setLevel(logging.INFO)
+    own.addHandler(handler)
+    own.propagate = False
     from mmljax.mesh import initialize_distributed
     from mmljax.train import train
 

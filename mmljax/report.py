@@ -148,7 +148,9 @@ class Reporter:
         if self._tensorboard is not None:
             prefix = "" if kind == "train" else f"{kind}/"
             for key, value in scalars.items():
-                self._tensorboard.add_scalar(prefix + key, float(value), step)
+                # TensorBoard allows no @ in a name.
+                name = (prefix + key).replace("@", "_")
+                self._tensorboard.add_scalar(name, float(value), step)
 
     def _say(self, line: str) -> None:
         if self._bar is not None:

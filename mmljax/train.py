@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from mmljax import build, checkpoints, optim, report
 from mmljax.config import Config, RunSize, choose, differences, steps, to_dict
@@ -23,6 +24,9 @@ from mmljax.train_step import make_train_step
 from mmljax.types import Batch, Dataset, TrainState
 
 
+_log = logging.getLogger(__name__)
+
+
 def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> dict[str, Any]:
     """Train and evaluate as ``config`` says, going on from ``workdir`` where a run was broken off.
 
@@ -32,7 +36,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
       dataset: images already in memory, in place of ``config.data.source``.
 
     Returns:
-      what ``results.json`` holds.
+      What ``results.json`` holds; nothing on processes other than the first.
 
     Raises:
       UserError: on data or a config that cannot be used, or a loss that is not finite.
@@ -91,46 +95,53 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
         counts = {k: v for k, v in result._asdict().items() if k != "scores"}
         return {**result.scores, **counts}
 
-    saved = checkpoints.Checkpoints(
-        workdir / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_best=config.checkpoint.keep_best,
-    )
-    state, first = _restore(saved, state)
-    _describe(config, dataset, state, total=total, first=first)
-    reporter = report.Reporter(
-        workdir,
-        start_step=first,
-        total_steps=total,
-        batch_size=config.data.batch_size,
-        tensorboard=config.log.tensorboard,
-        enabled=is_main_process(),
-    )
-    if first == 0 and config.evaluation.untrained:
-        reporter.evaluation(0, score(state))
+    with ExitStack() as stack:  # whatever ends the run, saves under way are finished
+        saved = checkpoints.Checkpoints(
+            workdir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        )
+        stack.callback(saved.close)
+        state, first = _restore(saved, state)
+        _describe(config, dataset, state, total=total, first=first)
+        reporter = report.Reporter(
+            workdir,
+            start_step=first,
+            total_steps=total,
+            batch_size=config.data.batch_size,
+            tensorboard=config.log.tensorboard,
+            enabled=is_main_process(),
+        )
+        stack.callback(reporter.close)
+        if first == 0 and config.evaluation.untrained:
+            reporter.evaluation(0, score(state))
 
-    # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint of s,
-    # so that a run which goes on from it has them all.
-    ledger = _Ledger(reporter, schedules)
-    batches = build.train_batches(dataset, config, mesh, range(first, total))
-    for step in range(first + 1, total + 1):
-        batch = ledger.wait_for(batches)
-        state, scalars = train_step(state, batch)
-        ledger.add(step, scalars)
-        last = step == total
-        evaluates = last or (evaluate_every > 0 and step % evaluate_every == 0)
-        saves = evaluates or (save_every > 0 and step % save_every == 0)
-        if saves or step % config.log.every == 0:
-            ledger.flush()
-        scores = None
-        if evaluates:
-            scores = score(state)
-            reporter.evaluation(step, scores)
-            ledger.restart_clock()
-        if saves:
-            saved.save(state, step=step, metrics=scores)
+        # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
+        # of s, so that a run which goes on from it has them all.
+        ledger = _Ledger(reporter, schedules)
+        batches = build.train_batches(dataset, config, mesh, range(first, total))
+        for step in range(first + 1, total + 1):
+            batch = ledger.wait_for(batches)
+            state, scalars = train_step(state, batch)
+            ledger.add(step, scalars)
+            evaluates = step == total or _due(step, evaluate_every)
+            saves = evaluates or _due(step, save_every)
+            if saves or _due(step, config.log.every):
+                ledger.flush()
+            scores = None
+            if evaluates:
+                scores = score(state)
+                reporter.evaluation(step, scores)
+                ledger.restart_clock()
+            if saves:
+                saved.save(state, step=step, metrics=scores)
 
-    return _finish(config, workdir, saved, reporter, started=started)
+    sync("finish")
+    return _finish(config, workdir, saved.directory, started=started)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _claim(workdir: Path, config: Config) -> None:
@@ -159,7 +170,7 @@ def _restore(saved: checkpoints.Checkpoints, state: TrainState) -> tuple[TrainSt
     if restored is None:
         return state, 0
     first = int(restored.step)
-    logging.info("going on from step %d of %s", first, saved.directory)
+    _log.info("going on from step %d of %s", first, saved.directory)
     return restored, first
 
 
@@ -169,7 +180,7 @@ def _describe(
     labels = np.bincount(dataset.train.labels, minlength=dataset.classes)
     small = int(np.sum(labels < config.data.images_per_class))
     gallery = "none (self-retrieval)" if dataset.gallery is None else len(dataset.gallery.labels)
-    logging.info(
+    _log.info(
         "devices: %d x %s; train %d images of %d items; query %d; gallery %s",
         jax.device_count(),
         jax.devices()[0].device_kind,
@@ -178,13 +189,13 @@ def _describe(
         len(dataset.query.labels),
         gallery,
     )
-    logging.info(
+    _log.info(
         "%d items have fewer than K=%d images and are sampled with repetition",
         small,
         config.data.images_per_class,
     )
-    logging.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
-    logging.info("steps %d to %d of %s", first, total, config.duration)
+    _log.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
+    _log.info("steps %d to %d of %s", first, total, config.duration)
 
 
 class _Ledger:
@@ -229,30 +240,21 @@ class _Ledger:
         self._waited, self._since = 0.0, time.perf_counter()
 
 
-def _finish(
-    config: Config,
-    workdir: Path,
-    saved: checkpoints.Checkpoints,
-    reporter: report.Reporter,
-    *,
-    started: float,
-) -> dict[str, Any]:
-    saved.close()
-    reporter.close()
-    sync("finish")
+def _finish(config: Config, workdir: Path, saved: Path, *, started: float) -> dict[str, Any]:
+    """Write the results, draw the contributions, and say where everything is."""
+    if not is_main_process():
+        return {}
     rows = report.read_metrics(workdir)
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    untrained = next((row for row in evaluations if row["step"] == 0), None)
     scores = evaluations[-1]
-    if not is_main_process():
-        return {"scores": scores, "untrained": untrained}
+    untrained = next((row for row in evaluations if row["step"] == 0), None)
     results = report.write_results(
         workdir,
         scores=scores,
         config=to_dict(config),
         extra={"untrained": untrained, "seconds": time.time() - started},
     )
-    paths = {"checkpoint": saved.directory, "results": results}
+    paths = {"checkpoint": saved, "results": results}
     if config.log.plot and (plot := plot_contributions(rows, workdir / "contributions.png")):
         paths["plot"] = plot
     print(report.recall_table(scores, untrained=untrained), flush=True)  # noqa: T201

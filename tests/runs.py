@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,23 @@ def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
     return [*start, *overrides]
 
 
-def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment; compiled programs are shared by the runs of a test session."""
+    cache = Path(tempfile.gettempdir()) / f"mmljax-tests-{os.getpid()}"
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **changes,
+    }
+
+
+def run(*arguments: Any, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run ``command(...)`` to its end."""
     return subprocess.run(
         command(*arguments),
         cwd=ROOT,
-        env=os.environ | environment,
+        env=environment(**changes),
         capture_output=True,
         text=True,
         timeout=300,

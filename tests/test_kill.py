@@ -31,6 +31,7 @@ def test_killed_at_random_steps_equals_uninterrupted(tmp_path: Path) -> None:
         process = subprocess.Popen(
             runs.command(config, tmp_path / "parts"),
             cwd=runs.ROOT,
+            env=runs.environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 
 from mmljax.data.garments import CLUTTER, Colors, Garments, Photos, Rows
 
-Maps = Float[np.ndarray, "n h w"]
-Images = Float[np.ndarray, "n 3 h w"]
+Maps = Float[np.ndarray, "#n #h #w"]
+Images = Float[np.ndarray, "#n 3 #h #w"]
 
 SHOULDER = -0.78
 """Height of the figure's shoulders."""
@@ -34,7 +34,7 @@ def draw(
     across, down = axis[None, None, :], axis[None, :, None]
     x, y, pixel = _to_figure(across, down, garments, photos, size=size)
     image = _background(across, down, photos, pixel=np.float32(2 / size))
-    worn = photos.worn[:, None, None]
+    worn = _each(photos.worn)
     skin, other = _figure(x, y, garments, photos)
     image = _paint(image, _rgb(photos.skin), _cover(skin, pixel) * worn)
     image = _paint(image, _rgb(photos.other_color), _cover(other, pixel) * worn)
@@ -44,10 +44,10 @@ def draw(
     image = _paint(image, fabric * shade[:, None], _cover(distance, pixel))
     cover = _shape(across, down, photos.cover)
     image = _paint(image, _rgb(photos.cover_color), _cover(cover, np.float32(2 / size)))
-    light = 1 + across * _c(photos.slope[:, 0]) + down * _c(photos.slope[:, 1])
+    light = 1 + across * _each(photos.slope[:, 0]) + down * _each(photos.slope[:, 1])
     image = np.clip(image * light[:, None] * _rgb(photos.gain), 0, 1)
-    image = image ** _c(photos.gamma)[:, None]
-    image += random.standard_normal(image.shape, np.float32) * _c(photos.noise)[:, None]
+    image = image ** _each(photos.gamma)[:, None]
+    image += random.standard_normal(image.shape, np.float32) * _each(photos.noise)[:, None]
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
@@ -56,63 +56,62 @@ def _to_figure(
 ) -> tuple[Maps, Maps, Maps]:
     """Each pixel's place on the figure, and the size of a pixel there."""
     half = np.maximum((garments.hem - garments.top) / 2, 0.45) * photos.zoom
-    across = across + _c(photos.shift[:, 0])
-    down = down + _c(photos.shift[:, 1])
-    cosine, sine = _c(np.cos(photos.rotation)), _c(np.sin(photos.rotation))
-    x = _c(half) * (cosine * across - sine * down)
-    y = _c(half) * (sine * across + cosine * down)
-    x = x + _c(photos.shear) * y + _c(photos.bend) * y**2
-    return x, y + _c((garments.top + garments.hem) / 2), _c(half * 2 / size)
+    across = across + _each(photos.shift[:, 0])
+    down = down + _each(photos.shift[:, 1])
+    cosine, sine = _each(np.cos(photos.rotation)), _each(np.sin(photos.rotation))
+    x = _each(half) * (cosine * across - sine * down)
+    y = _each(half) * (sine * across + cosine * down)
+    x = x + _each(photos.shear) * y + _each(photos.bend) * y**2
+    return x, y + _each((garments.top + garments.hem) / 2), _each(half * 2 / size)
 
 
 def _cloth(x: Maps, y: Maps, garments: Garments, photos: Photos) -> tuple[Maps, Maps]:
     """Distance from the item's edge, negative inside, and from its nearest hem or cuff."""
     side = np.abs(x)
-    top, hem, crotch = _c(garments.top), _c(garments.hem), _c(garments.crotch)
+    top, hem, crotch = _each(garments.top), _each(garments.hem), _each(garments.crotch)
     waist_y = top + 0.6 * (np.minimum(np.minimum(hem, crotch), 0.2) - top)
     flared = np.minimum(hem, crotch)
     above = np.clip((y - top) / (waist_y - top), 0, 1)
     below = np.clip((y - waist_y) / (flared - waist_y), 0, 1)
-    waist = _c(garments.waist)
-    bottom = np.where(crotch < hem, waist, _c(garments.bottom))
-    width = _c(garments.shoulder) + (waist - _c(garments.shoulder)) * above * above
+    waist = _each(garments.waist)
+    bottom = np.where(crotch < hem, waist, _each(garments.bottom))
+    width = _each(garments.shoulder) + (waist - _each(garments.shoulder)) * above * above
     width = width + (bottom - waist) * below
     edge = top + 0.12 * side * (top < -0.5)
     body = np.maximum(np.maximum(side - width, edge - y), y - flared)
 
     along = np.clip((y - crotch) / np.maximum(hem - crotch, 0.1), 0, 1)
-    center = waist / 2 + _c(photos.stride) * along
-    leg = np.abs(side - center) - (waist / 2 + (_c(garments.bottom) - waist / 2) * along)
+    center = waist / 2 + _each(photos.stride) * along
+    leg = np.abs(side - center) - (waist / 2 + (_each(garments.bottom) - waist / 2) * along)
     body = np.minimum(body, np.maximum(np.maximum(leg, crotch - y), y - hem))
 
-    sleeve, reach, off = _limb(x, y, garments.shoulder - 0.07, garments.top + 0.12, photos.arms)
-    length = _c(garments.sleeve)
+    reach, off = _limb(x, y, garments.shoulder - 0.07, garments.top + 0.12, photos.arms)
+    length = _each(garments.sleeve)
     off = np.maximum(np.maximum(off - (0.12 - 0.04 * reach), reach - length), -0.1 - reach)
     body = np.where(length > 0, np.minimum(body, off), body)
     hole = _neckline(side, y - top, garments)
-    cuff = np.where((length > 0) & (sleeve > 0) & (off < 0.02), length - reach, 9)
+    cuff = np.where((length > 0) & (reach > 0) & (off < 0.02), length - reach, 9)
     return np.maximum(body, hole), np.minimum(hem - y, cuff)
 
 
 def _neckline(side: Maps, depth: Maps, garments: Garments) -> Maps:
     """Positive inside the hole for the neck, about a distance."""
-    deep = np.maximum(_c(garments.neck), 0.01)
+    deep = np.maximum(_each(garments.neck), 0.01)
     wide = 0.11 + 0.3 * deep
     pointed = 1 - np.maximum(depth, 0) / deep - side / wide
     rounded = 1 - np.hypot(side / wide, np.maximum(depth, 0) / deep)
-    hole = np.where(_c(garments.pointed), pointed, rounded) * deep * 0.7
-    return np.where(_c(garments.neck) > 0, hole, -9)
+    hole = np.where(_each(garments.pointed), pointed, rounded) * deep * 0.7
+    return np.where(_each(garments.neck) > 0, hole, -9)
 
 
 def _limb(
-    x: Maps, y: Maps, start_x: Rows, start_y: Rows | float, angles: np.ndarray
-) -> tuple[Maps, Maps, Maps]:
-    """Which arm's side a pixel is on, how far along the arm, and how far off its axis."""
-    angle = np.where(x < 0, _c(angles[:, 0]), _c(angles[:, 1]))
+    x: Maps, y: Maps, start_x: Rows, start_y: Rows, angles: Float[np.ndarray, "n 2"]
+) -> tuple[Maps, Maps]:
+    """How far along the arm of its side a pixel lies, and how far off the arm's axis."""
+    angle = np.where(x < 0, _each(angles[:, 0]), _each(angles[:, 1]))
     sine, cosine = np.sin(angle), np.cos(angle)
-    right, under = np.abs(x) - _c(start_x), y - _c(np.broadcast_to(start_y, start_x.shape))
-    outwards = right * cosine - under * sine
-    return right + 0.07, right * sine + under * cosine, np.abs(outwards)
+    right, under = np.abs(x) - _each(start_x), y - _each(start_y)
+    return right * sine + under * cosine, np.abs(right * cosine - under * sine)
 
 
 def _figure(x: Maps, y: Maps, garments: Garments, photos: Photos) -> tuple[Maps, Maps]:
@@ -120,29 +119,29 @@ def _figure(x: Maps, y: Maps, garments: Garments, photos: Photos) -> tuple[Maps,
     side = np.abs(x)
     head = (np.hypot(x / 0.13, (y - SHOULDER + 0.24) / 0.17) - 1) * 0.13
     neck = np.maximum(side - 0.07, np.abs(y - SHOULDER + 0.06) - 0.12)
-    shoulders = np.full(len(x), 0.27, np.float32)
-    _, reach, off = _limb(x, y, shoulders, SHOULDER + 0.1, photos.arms)
+    start_x, start_y = np.full((2, len(x)), [[0.27], [SHOULDER + 0.1]], np.float32)
+    reach, off = _limb(x, y, start_x, start_y, photos.arms)
     arms = np.maximum(off - 0.065, np.maximum(reach - 0.95, -0.05 - reach))
     along = np.clip((y - 0.2) / 1.6, 0, 1)
-    leg = np.abs(side - 0.14 - _c(photos.stride) * along) - 0.13 + 0.07 * along
+    leg = np.abs(side - 0.14 - _each(photos.stride) * along) - 0.13 + 0.07 * along
     legs = np.maximum(leg, np.maximum(0.1 - y, y - 1.9))
     torso = np.maximum(
         side - 0.29 + 0.07 * np.cos(5 * y), np.maximum(SHOULDER + 0.03 - y, y - 0.25)
     )
     skin = np.minimum(np.minimum(np.minimum(head, neck), np.minimum(arms, legs)), torso)
-    upper = _c(garments.neck) > 0
+    upper = _each(garments.neck) > 0
     return skin, np.where(upper, np.minimum(legs, np.maximum(torso, -y)), torso)
 
 
 def _fabric(x: Maps, y: Maps, garments: Garments, *, band: Maps, pixel: Maps) -> Images:
     """Colours of the cloth before light: pattern, trim, print, buttons."""
-    cosine, sine = _c(np.cos(garments.angle)), _c(np.sin(garments.angle))
-    frequency, phase = _c(garments.frequency), _c(garments.phase)
+    cosine, sine = _each(np.cos(garments.angle)), _each(np.sin(garments.angle))
+    frequency, phase = _each(garments.frequency), _each(garments.phase)
     u = frequency * (x * cosine + y * sine) + phase
     v = frequency * (y * cosine - x * sine) + phase
     soft = 1.5 / np.minimum(frequency * pixel, 1.5)  # a sine's step, one pixel wide
     stripes = _step(np.sin(u), soft)
-    fraction = np.clip((y - _c(garments.top)) / _c(garments.hem - garments.top), 0, 1)
+    fraction = np.clip((y - _each(garments.top)) / _each(garments.hem - garments.top), 0, 1)
     patterns = [
         np.zeros_like(stripes),
         stripes,
@@ -151,20 +150,20 @@ def _fabric(x: Maps, y: Maps, garments: Garments, *, band: Maps, pixel: Maps) ->
         fraction,
         _step(fraction - 0.35 - 0.05 * phase, 40),
     ]
-    mix = np.choose(garments.pattern[:, None, None], patterns)
-    mix = np.where(_c(garments.trim), np.maximum(mix, _cover(band - 0.07, pixel)), mix)
+    mix = np.choose(_each(garments.pattern), patterns)
+    mix = np.where(_each(garments.trim), np.maximum(mix, _cover(band - 0.07, pixel)), mix)
     fabric = _paint(_rgb(garments.color), _rgb(garments.second_color), mix)
     print_map = _cover(_motif(x, y, garments), pixel)
     fabric = _paint(fabric, _rgb(garments.print_color), print_map)
-    line = _cover(np.abs(x) - 0.015, pixel) * 0.6 * _c(garments.placket)
+    line = _cover(np.abs(x) - 0.015, pixel) * 0.6 * _each(garments.placket)
     return fabric * (1 - line[:, None])
 
 
 def _motif(x: Maps, y: Maps, garments: Garments) -> Maps:
     """Distance from the print's edge."""
-    size = _c(garments.motif_size)
-    x = (x - _c(garments.motif_x)) / size
-    y = (y - _c(garments.top + garments.motif_y)) / size
+    size = _each(garments.motif_size)
+    x = (x - _each(garments.motif_x)) / size
+    y = (y - _each(garments.top + garments.motif_y)) / size
     side, height, radius = np.abs(x), np.abs(y), np.hypot(x, y)
     distances = [
         np.full_like(x, 9),
@@ -176,7 +175,7 @@ def _motif(x: Maps, y: Maps, garments: Garments) -> Maps:
         radius - 0.75 - 0.35 * np.cos(5 * np.arctan2(x, -y)),
         np.maximum(side - 1, np.abs(height - 0.5) - 0.25),
     ]
-    return np.choose(garments.motif[:, None, None], distances) * size
+    return np.choose(_each(garments.motif), distances) * size
 
 
 def _background(across: Maps, down: Maps, photos: Photos, *, pixel: np.float32) -> Images:
@@ -191,14 +190,14 @@ def _background(across: Maps, down: Maps, photos: Photos, *, pixel: np.float32) 
 
 def _shape(across: Maps, down: Maps, shape: Float[np.ndarray, "n 5"]) -> Maps:
     """Distance from the edge of a rectangle or an ellipse."""
-    x, y, width, height, roundness = (_c(column) for column in shape.T)
+    x, y, width, height, roundness = (_each(column) for column in shape.T)
     right, under = np.abs(across - x) / width, np.abs(down - y) / height
     measure = np.where(roundness > 0.5, np.hypot(right, under), np.maximum(right, under))
     return (measure - 1) * np.minimum(width, height)
 
 
 def _waves(x: Maps, y: Maps, waves: Float[np.ndarray, "n 4"]) -> Maps:
-    amplitude, along_x, along_y, phase = (_c(column) for column in waves.T)
+    amplitude, along_x, along_y, phase = (_each(column) for column in waves.T)
     return amplitude * np.sin(along_x * x + along_y * y + phase)
 
 
@@ -215,7 +214,7 @@ def _step(value: Maps, slope: Maps | float) -> Maps:
     return np.clip(0.5 + value * slope, 0, 1)
 
 
-def _c(rows: np.ndarray) -> Maps:
+def _each(rows: np.ndarray) -> Maps:
     """One value per image, ready to meet maps of pixels."""
     return rows[:, None, None]
 
