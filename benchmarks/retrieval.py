@@ -6,9 +6,9 @@
 
 All sides see the same random unit vectors, run in turn within one process, as often as asked, and
 are given by their fastest run: what else a machine does slows every side. The first run of each
-(compilation) is not counted. ``ratio`` is the time over that of
-``nearest_neighbors``. Ours runs on JAX's default device, torch on CUDA where it has one, faiss on
-CPU, all with as many threads as there are cores. Needs the extra ``peers``.
+(compilation) is not counted. ``ratio`` is a side's time over that of ``nearest_neighbors``. Ours
+runs on JAX's default device, torch on CUDA where it has one, faiss on CPU; on CPU all have as many
+threads as there are cores. Needs the extra ``peers``.
 """
 
 from __future__ import annotations
@@ -163,8 +163,10 @@ def main() -> None:
     seconds = fastest(our_sides(data, task.k, options.chunk) | peers, options.repeats)
 
     device = jax.devices()[0]
-    print(f"{datetime.date.today()}  {platform.machine()}, {CORES} cores, jax {jax.__version__} ")
-    print(f"on {device.platform} ({device.device_kind})")
+    print(
+        f"{datetime.date.today()}, {platform.machine()}, {CORES} cores; "
+        f"jax {jax.__version__} on {device.platform} ({device.device_kind})"
+    )
     print(
         f"{options.size}: {len(data.queries)} queries, {len(data.gallery)} gallery rows, "
         f"{options.dimensions} dimensions, k={task.k}, chunk {options.chunk}; "

@@ -14,7 +14,7 @@ from configs import common
 def get_config() -> ConfigDict:
     """A small network; every training character is also seen turned by quarters, as other ones."""
     config = common.get_config()
-    config.duration = "6000 steps"
+    config.duration = "2800 steps"
     config.data.source = "arrays"
     config.data.directory = "data/omniglot.npz"
     config.data.image_size = 28
@@ -27,12 +27,13 @@ def get_config() -> ConfigDict:
     config.data.eval_batch_size = 512
     config.model.backbone = "small"
     config.model.width = 32
-    config.model.embedding_size = 256
+    config.model.embedding_size = 128
     config.model.compute_dtype = "float32"
     for group in ("backbone", "head"):
         config.optimizer[group].learning_rate = 1e-3
-    config.optimizer.warmup = "200 steps"
-    config.evaluation.every = "1000 steps"
+    config.optimizer.warmup = "50 steps"
+    config.objectives.pair.mining.rule = "none"
+    config.evaluation.every = "700 steps"
     config.evaluation.recall_at = (1, 2, 4, 8)
-    config.checkpoint.every = "1000 steps"
+    config.checkpoint.every = "700 steps"
     return config

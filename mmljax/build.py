@@ -194,19 +194,25 @@ def image_channels(dataset: Dataset) -> int:
     return images.shape[-1] if images.ndim == 4 else 3
 
 
-def _module(split: Split) -> Any:
+def _pipeline(split: Split) -> Any:
+    """The module that makes batches of a split: of arrays, or of image files."""
     if split.images.ndim == 4:
         from mmljax.data import arrays
 
         return arrays
-    from mmljax.data import pipeline
-
+    try:
+        from mmljax.data import pipeline
+    except ImportError as error:
+        raise UserError(
+            f"reading image files needs TensorFlow ({error}); pip install 'mmljax[data]', or set "
+            "--config.data.source='arrays'"
+        ) from error
     return pipeline
 
 
 def train_batches(dataset: Dataset, config: Config, mesh: Mesh, steps: range) -> Iterator[Batch]:
     """Training batches of the given steps, on the devices."""
-    return _module(dataset.train).train_batches(
+    return _pipeline(dataset.train).train_batches(
         dataset.train,
         config=config.data,
         seed=config.seed,
@@ -218,7 +224,7 @@ def train_batches(dataset: Dataset, config: Config, mesh: Mesh, steps: range) ->
 
 def eval_batches(split: Split, config: Config, mesh: Mesh) -> Iterator[Batch]:
     """Every image of a split once, in order, the last batch padded, on the devices."""
-    return _module(split).eval_batches(
+    return _pipeline(split).eval_batches(
         split,
         config=config.data,
         rows=process_rows(config.data.eval_batch_size, key="config.data.eval_batch_size"),

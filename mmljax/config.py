@@ -48,8 +48,8 @@ class DataConfig:
     batch_size: int  # global, training
     images_per_class: int  # K of P x K
     eval_batch_size: int  # global
-    threads: int  # of tf.data; 0 lets tf.data choose
-    prefetch: int  # batches
+    threads: int  # of decoding; 0: one per core
+    prefetch: int  # batches made ahead on the host
     synthetic: SyntheticConfig
 
 
@@ -188,7 +188,10 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
     Raises:
       UserError: on an unknown, missing or ill-typed key, with its full path.
     """
-    return _fill(Config, mapping, "config")
+    config: Config = _fill(Config, mapping, "config")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"--config.seed must be from 0 to 2**32 - 1, found {config.seed}")
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
 
     absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file that it writes
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    # TensorFlow only decodes images here; oneDNN has no part in that, but announces itself.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     own = logging.getLogger("mmljax")

@@ -87,7 +87,8 @@ def nearest_neighbors(
       UserError: the gallery has fewer than ``k`` rows to find, or ``k`` or ``chunk`` is below 1.
     """
     _check(queries, gallery, k, chunk, self_index)
-    search = functools.partial(_search, gallery=gallery, rows=gallery.shape[0], k=k, chunk=chunk)
+    chunks = _in_chunks(gallery, k=k, chunk=chunk)
+    search = functools.partial(_search, chunks=chunks, rows=gallery.shape[0], k=k)
     return _in_blocks(search, (queries, _own(self_index, queries)), block=QUERY_BLOCK)
 
 
@@ -115,10 +116,11 @@ def sharded_nearest_neighbors(
 
     def on_device(queries: Array, own: Array, part: Array) -> Neighbors:
         first = lax.axis_index(axis) * part_rows
+        held = jnp.minimum(rows - first, part_rows)  # less, even below 0, on the last devices
+        chunks = _in_chunks(part, k=k, chunk=chunk)
 
         def search(queries: Array, own: Array) -> Neighbors:
-            # Within its part, a device counts columns from 0.
-            found = _search(queries, own - first, gallery=part, rows=rows - first, k=k, chunk=chunk)
+            found = _search(queries, own - first, chunks=chunks, rows=held, k=k)
             found = found._replace(indices=found.indices + first)
             return _best_of(lax.all_gather(found, axis, axis=1, tiled=True), k)
 
@@ -168,9 +170,10 @@ def positive_ranks(
         for side in ("left", "right")
     )
     most = jnp.max(end - start)
+    float_gallery = gallery.astype(jnp.float32)
 
     def rank(queries: Array, own: Array, start: Array, end: Array) -> PositiveRanks:
-        similarity = _similarity(queries, gallery)
+        similarity = similarity_matrix(queries.astype(jnp.float32), float_gallery)
         row = jnp.arange(queries.shape[0])
 
         def fold(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -194,20 +197,22 @@ def positive_ranks(
     return _in_blocks(rank, (queries, own, start, end), block=block)
 
 
-def _search(
-    queries: Array, own: Array, *, gallery: Array, rows: Array | int, k: int, chunk: int
-) -> Neighbors:
-    """Neighbours of one block of queries among the first ``rows`` of ``gallery``, if it has those.
+def _in_chunks(gallery: Array, *, k: int, chunk: int) -> Array:
+    """The gallery, padded, as ``[chunks width d]`` in float32, all chunks of about one size."""
+    count = -(-gallery.shape[0] // chunk)
+    width = _round_up(max(-(-gallery.shape[0] // count), k), _WIDTH)
+    return _pad_rows(gallery.astype(jnp.float32), count * width).reshape(count, width, -1)
+
+
+def _search(queries: Array, own: Array, *, chunks: Array, rows: Array | int, k: int) -> Neighbors:
+    """Neighbours of one block of queries among the first ``rows`` rows of the chunks.
 
     Where there are fewer than ``k``, the list ends in similarities of -inf.
     """
-    rows = jnp.minimum(rows, gallery.shape[0])
-    chunks = -(-gallery.shape[0] // chunk)
-    width = _round_up(max(-(-gallery.shape[0] // chunks), k), _WIDTH)
-    chunked = _pad_rows(gallery, chunks * width).reshape(chunks, width, -1)
+    queries = queries.astype(jnp.float32)
 
     def look(first: Array | int, part: Array) -> Neighbors:
-        similarity = _similarity(queries, part)
+        similarity = similarity_matrix(queries, part)
         found = _grouped_top_k(similarity, own - first, rows - first, k=k)
         return found._replace(indices=found.indices + first)
 
@@ -217,11 +222,11 @@ def _search(
         both = Neighbors(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
         return _best_of(both, k), None
 
-    firsts = jnp.arange(1, chunks) * width
-    return lax.scan(merge, look(0, chunked[0]), (firsts, chunked[1:]))[0]
+    firsts = jnp.arange(1, chunks.shape[0]) * chunks.shape[1]
+    return lax.scan(merge, look(0, chunks[0]), (firsts, chunks[1:]))[0]
 
 
-def _grouped_top_k(similarity: Array, own: Array, rows: Array, *, k: int) -> Neighbors:
+def _grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:
     """Top-k of each row over the columns below ``rows`` other than ``own``.
 
     Of groups of columns side by side, only those with the highest maxima are looked into. That is
@@ -240,7 +245,9 @@ def _grouped_top_k(similarity: Array, own: Array, rows: Array, *, k: int) -> Nei
         return Neighbors(*_top_k(jnp.where(hidden, -jnp.inf, similarity), k))
     grouped = similarity.reshape(similarity.shape[0], -1, group)
     starts = jnp.arange(grouped.shape[1]) * group
-    peak, chosen = _top_k(jnp.where(starts < rows, jnp.max(grouped, axis=2), -jnp.inf), k + 2)
+    # Not jnp.max, which XLA's CPU hands to a library that is slower on rows so short.
+    peak = lax.reduce(grouped, -jnp.inf, lambda a, b: jnp.where(a > b, a, b), (2,))
+    peak, chosen = _top_k(jnp.where(starts < rows, peak, -jnp.inf), k + 2)
     chosen = jnp.sort(chosen, axis=1)
     column = (chosen[:, :, None] * group + jnp.arange(group)).reshape(chosen.shape[0], -1)
     value = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1, mode="promise_in_bounds")
@@ -268,10 +275,6 @@ def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     return lax.platform_dependent(x, cpu=sliced, default=lambda x: tuple(lax.top_k(x, k)))
 
 
-def _similarity(queries: Array, gallery: Array) -> Array:
-    return similarity_matrix(queries.astype(jnp.float32), gallery.astype(jnp.float32))
-
-
 def _count_rows(a: Array, b: Array) -> tuple[Array, Array]:
     """Counts of True per row of two masks, in one pass over what they are computed from."""
     zero = jnp.int32(0)
@@ -289,8 +292,8 @@ def _in_blocks(
 ) -> _Result:
     """``function`` over blocks of the arrays' rows, one after the other; the results joined."""
     rows = arrays[0].shape[0]
-    block = min(block, _round_up(rows, _CPU_ROWS))
     blocks = -(-rows // block)
+    block = _round_up(-(-rows // blocks), _CPU_ROWS)
     split = [_pad_rows(x, blocks * block).reshape(blocks, block, *x.shape[1:]) for x in arrays]
     results = lax.map(lambda items: function(*items), tuple(split))
     return jax.tree.map(lambda x: x.reshape(blocks * block, *x.shape[2:])[:rows], results)
@@ -298,7 +301,7 @@ def _in_blocks(
 
 def _group_size(width: int, k: int) -> int:
     """Columns per group: a power of two that makes about as many groups as candidates."""
-    group = min(2 ** int(math.log2(math.sqrt(width / k))), _WIDTH)
+    group = min(2 ** round(math.log2(math.sqrt(width / k))), _WIDTH)
     return group if group >= _SMALLEST_GROUP and width // group >= k + 2 else 1
 
 

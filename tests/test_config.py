@@ -49,6 +49,7 @@ def test_missing_key_is_named() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("seed", -1, r"--config.seed must be from 0"),
         ("seed", "0", r"--config.seed must be of type int, found '0'"),
         ("seed", True, r"--config.seed must be of type int, found True"),
         ("data.flip", 1, r"--config.data.flip must be of type bool"),

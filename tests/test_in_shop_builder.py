@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -116,25 +117,33 @@ def test_a_set_that_is_not_prepared(tmp_path: Path) -> None:
         read_tfds("cars", tmp_path)
 
 
-def store(name: str, directory: Path, features: dict[str, object], label: str) -> None:
-    """Images whose pixels tell the class: 90, 110, ... of train and 91, 111, ... of test."""
-    splits = {}
-    for number, split in enumerate(("train", "test")):
-        rows = []
-        for value in range(90 + number, 130, 20):
-            row = {"image": np.full((4, 4, 3), value, np.uint8), label: value}
-            rows.append(row | dict.fromkeys(features, f"{value}.jpg"))
-        splits[split] = rows
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name=name,
-        version="1.0.0",
-        data_dir=directory,
-        split_datasets=splits,
-        features=tfds.features.FeaturesDict(
-            {"image": tfds.features.Image(), label: tfds.features.ClassLabel(num_classes=200)}
-            | features
-        ),
-    )
+def store(builder_name: str, directory: Path, features: dict[str, object], label: str) -> None:
+    """Grey images whose value is their class: 90, 110 in train, 91, 111 in test."""
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = in_shop.InShop.code_path
+        name = builder_name
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            kinds = {
+                "image": tfds.features.Image(),
+                label: tfds.features.ClassLabel(num_classes=200),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(kinds | features)
+            )
+
+        def _split_generators(self, dl_manager: object) -> dict[str, object]:
+            return {s: self._generate_examples(n) for n, s in enumerate(("train", "test"))}
+
+        def _generate_examples(self, number: int) -> Iterator[tuple[int, dict[str, object]]]:
+            for value in (90 + number, 110 + number):
+                row = {"image": np.full((4, 4, 3), value, np.uint8), label: value}
+                yield value, row | dict.fromkeys(features, f"{value}.jpg")
+
+    offline = tfds.download.DownloadConfig(try_download_gcs=False)
+    Builder(data_dir=str(directory)).download_and_prepare(download_config=offline)
 
 
 @pytest.mark.parametrize(

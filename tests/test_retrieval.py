@@ -98,6 +98,15 @@ def test_a_tie_goes_to_the_lower_index_also_from_a_group_of_a_higher_maximum() -
     assert found.indices.tolist() == [[161, 3]]
 
 
+def test_neither_the_query_itself_nor_padding_takes_a_place() -> None:
+    gallery = np.full((600, 1), -5, np.float32)  # padding to 640 rows has similarity 0
+    gallery[0], gallery[100], gallery[200] = 1, -1, -2
+    found = retrieval.nearest_neighbors(
+        np.ones((1, 1), np.float32), gallery, k=2, chunk=600, self_index=np.array([0])
+    )
+    assert found.indices.tolist() == [[100, 200]]
+
+
 def test_sharded_search_is_the_plain_one_bit_for_bit() -> None:
     random = np.random.default_rng(0)
     gallery = random.normal(size=(1501, 96)).astype(np.float32)

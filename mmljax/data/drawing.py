@@ -8,7 +8,7 @@ they are done, ``[n 3 h w]``.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 
 from mmljax.data.garments import CLUTTER, Colors, Garments, Photos, Rows
 
@@ -148,7 +148,7 @@ def _fabric(x: Maps, y: Maps, garments: Garments, *, band: Maps, pixel: Maps) ->
         (stripes + _step(np.sin(v), soft)) / 2,
         _step(np.sin(u) * np.sin(v) - 0.35, soft),
         fraction,
-        _step(fraction - 0.35 - 0.05 * phase, 40),
+        _step(fraction - 0.35 - 0.05 * phase, 40.0),
     ]
     mix = np.choose(_each(garments.pattern), patterns)
     mix = np.where(_each(garments.trim), np.maximum(mix, _cover(band - 0.07, pixel)), mix)
@@ -214,7 +214,7 @@ def _step(value: Maps, slope: Maps | float) -> Maps:
     return np.clip(0.5 + value * slope, 0, 1)
 
 
-def _each(rows: np.ndarray) -> Maps:
+def _each(rows: Shaped[np.ndarray, " n"]) -> Shaped[np.ndarray, "n 1 1"]:
     """One value per image, ready to meet maps of pixels."""
     return rows[:, None, None]
 

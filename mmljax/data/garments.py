@@ -173,23 +173,24 @@ def make_photos(random: np.random.Generator, count: int) -> Photos:
 
     def waves(amplitude: float) -> np.ndarray:
         return np.concatenate(
-            [uniform(0, amplitude, 1), uniform(-14, 14, 2), uniform(0, 2 * np.pi, 1)], axis=1
+            [uniform(0.0, amplitude, 1), uniform(-14.0, 14.0, 2), uniform(0.0, 2 * np.pi, 1)],
+            axis=1,
         )
 
     def shapes(number: int, low: float, high: float) -> np.ndarray:
-        parts = [uniform(-1, 1, number, 2), uniform(low, high, number, 2)]
-        return np.concatenate([*parts, uniform(0, 1, number, 1)], axis=2)
+        parts = [uniform(-1.0, 1.0, number, 2), uniform(low, high, number, 2)]
+        return np.concatenate([*parts, uniform(0.0, 1.0, number, 1)], axis=2)
 
     def palette(*shape: int) -> np.ndarray:
         picked = PALETTE[random.integers(len(PALETTE), size=(count, *shape))]
         return np.clip(picked + uniform(-0.12, 0.12, *shape, 3), 0, 1)
 
     close = random.random(count) < 0.2
-    tone = uniform(0.35, 1, 1)
+    tone = uniform(0.35, 1.0, 1)
     return Photos(
         worn=random.random(count) < 0.75,
         arms=uniform(0.12, 0.95, 2),
-        stride=uniform(0, 0.22),
+        stride=uniform(0.0, 0.22),
         bend=uniform(-0.08, 0.08),
         rotation=uniform(-0.16, 0.16),
         shear=uniform(-0.1, 0.1),

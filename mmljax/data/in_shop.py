@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -41,6 +42,9 @@ class InShop(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "Splits train, query and gallery; the class is the item id."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"The images come under an agreement: {_WHERE}"
 
+    # TFDS 4.9.10 looks for this with importlib_resources, which nothing it requires installs.
+    code_path = tfds.core.as_path(__file__)
+
     check_counts = True
     """Whether other numbers of images or items than the benchmark's are an error."""
 
@@ -52,7 +56,7 @@ class InShop(tfds.core.GeneratorBasedBuilder):
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
                     "item_id": tfds.features.Text(),
-                    "label": tfds.features.Scalar(dtype="int32"),
+                    "label": tfds.features.Scalar(dtype=np.int32),
                     "name": tfds.features.Text(),
                 }
             ),

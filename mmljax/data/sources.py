@@ -69,7 +69,7 @@ def read_arrays(path: str | os.PathLike[str]) -> Dataset:
     """
     where = f"{_FLAG}={os.fspath(path)!r}"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels, split = (file[key] for key in ("images", "labels", "split"))
     except _UNREADABLE as error:
         raise UserError(
@@ -247,7 +247,9 @@ def _tfds_part(
 
     tf.config.set_visible_devices([], "GPU")
     try:
-        builder = tfds.core.builder_from_files(builder_name, data_dir=os.fspath(directory))
+        builder = tfds.core.read_only_builder.builder_from_files(
+            builder_name, data_dir=os.fspath(directory)
+        )
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(
             f"{_FLAG}={os.fspath(directory)!r} holds no prepared TFDS data set {builder_name!r}; "
