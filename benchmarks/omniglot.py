@@ -29,9 +29,7 @@ def turn(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.concatenate(turned), np.concatenate([labels + k * classes for k in range(4)])
 
 
-def split_arrays(
-    images: np.ndarray, labels: np.ndarray, test: np.ndarray
-) -> dict[str, np.ndarray]:
+def split_arrays(images: np.ndarray, labels: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of the file: train classes turned, test classes as they are."""
     _, train_labels = np.unique(labels[~test], return_inverse=True)
     train_images, train_labels = turn(images[~test], train_labels)

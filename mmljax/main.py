@@ -32,9 +32,13 @@ def main(argv: list[str]) -> None:
     """Train as the flags say."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
-    if _CONFIG.value is None:
+    try:
+        mapping = _CONFIG.value
+    except OSError as error:  # raised only when the value is asked for
+        raise UserError(f"--config: {_one_line(error)}") from error
+    if mapping is None:
         raise UserError("--config is missing; for a first run: --config configs/quickstart.py")
-    config = config_lib.from_mapping(_CONFIG.value)
+    config = config_lib.from_mapping(mapping)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     default = Path("runs") / f"{name}-{config_lib.fingerprint(config)}"
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
@@ -69,7 +73,11 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(_fail(" ".join(str(error).split())))
+        sys.exit(_fail(_one_line(error)))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _fail(message: str) -> int:

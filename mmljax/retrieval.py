@@ -234,9 +234,9 @@ def _grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) 
     to its own. Each has a maximum above x, or equal to x at a lower column, as of equal maxima
     those of lower columns are preferred. So k columns come before x: a contradiction.
 
-    To hide columns before the maxima would copy all similarities. They are hidden afterwards, so
-    two maxima may be hidden columns' (of the group of ``own``, and of the group that ``rows`` cuts
-    in two), and two groups more are chosen.
+    To hide columns before the maxima would slow the one pass over all similarities. They are hidden
+    afterwards, so two maxima may be hidden columns' (of the group of ``own``, and of the group that
+    ``rows`` cuts in two), and two groups more are chosen.
     """
     group = _group_size(similarity.shape[1], k)
     if group == 1:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
 import runs
 
 
@@ -56,6 +58,62 @@ def test_mistake_is_one_line(
 def test_batch_that_devices_do_not_divide(small: Path, tmp_path: Path) -> None:
     done = runs.run(small, tmp_path / "run", "--config.data.batch_size=12", JAX_NUM_CPU_DEVICES="8")
     assert_refused(done, "--config.data.batch_size=12", "8 devices", "use 8")
+
+
+def write_photographs(directory: Path) -> Path:
+    """A folder in In-Shop's layout with a few JPEGs."""
+    tf = pytest.importorskip("tensorflow", reason="image files are read by TensorFlow")
+    rows = []
+    for item in range(6):
+        for view in range(4):
+            split = "train" if item < 4 else ("query", "gallery")[view % 2]
+            name = f"img/WOMEN/Dresses/id_{item:08}/{view:02}_1_front.jpg"
+            path = directory / "Img" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.full((20, 20, 3), 40 * item + view, np.uint8)
+            path.write_bytes(tf.io.encode_jpeg(pixels).numpy())
+            rows.append(f"{name}   id_{item:08} {split}   ")
+    (directory / "Eval").mkdir()
+    header = f"{len(rows)}\nimage_name item_id evaluation_status\n"
+    (directory / "Eval/list_eval_partition.txt").write_text(header + "\n".join(rows) + "\n")
+    return directory
+
+
+LIST = "Eval/list_eval_partition.txt"
+IMAGE = "Img/img/WOMEN/Dresses/id_00000002/01_1_front.jpg"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("directory", ["--config.data.directory", "missing"]),
+        ("list", [LIST]),
+        ("image", [IMAGE.removeprefix("Img/"), LIST]),
+        ("contents", [IMAGE.removeprefix("Img/"), "decode"]),
+    ],
+)
+def test_damaged_data_is_one_line(
+    small: Path, tmp_path: Path, damage: str, words: list[str]
+) -> None:
+    data = write_photographs(tmp_path / "data")
+    if damage == "directory":
+        data = tmp_path / "missing"
+    elif damage == "list":
+        (data / LIST).unlink()
+    elif damage == "image":
+        (data / IMAGE).unlink()
+    else:
+        (data / IMAGE).write_bytes(b"no image at all")
+    done = runs.run(
+        small,
+        tmp_path / "run",
+        "--config.data.source=in_shop",
+        f"--config.data.directory={data}",
+        "--config.data.resize_size=16",
+        "--config.evaluation.recall_at=(1,)",
+        "--config.evaluation.untrained=False",
+    )
+    assert_refused(done, *words)
 
 
 def test_missing_config_file(tmp_path: Path) -> None:
