@@ -1,13 +1,13 @@
 """One whole training step of ours beside PyTorch's, on the same device in one run.
 
-    python -m benchmarks.train_step                                   # ResNet-50, 224 px, bf16, 180
-    python -m benchmarks.train_step --backbone resnet18 --image-size 64 --batch-size 32 --dtype float32
+    python -m benchmarks.train_step    # ResNet-50, 224 px, bf16, batch 180
+    python -m benchmarks.train_step --backbone resnet18 --image-size 64 --batch-size 32
 
 Ours: the step of ``configs/inshop.py`` (mined Multi-Similarity, Proxy-Anchor, separation, learned
 weights, AdamW). PyTorch's: torchvision's network in channels-last and the same precision under
 ``torch.compile``, with pytorch-metric-learning's Multi-Similarity miner and loss and Proxy-Anchor,
-AdamW. Both are fed the same uint8 batch, already on the device. Runs alternate; the best of each side
-counts. Without torch, torchvision or pytorch-metric-learning only our side is timed.
+AdamW. Both are fed the same uint8 batch, already on the device. Runs alternate; the best of each
+side counts. Without torch, torchvision or pytorch-metric-learning only our side is timed.
 """
 
 from __future__ import annotations

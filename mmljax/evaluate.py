@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -88,20 +89,19 @@ def retrieval_scores(
             f"--config.evaluation.recall_at asks for Recall@{max(recall_at)}, but a query has "
             f"only {candidates} candidates; leave out what is larger"
         )
-    items, counts = np.unique(gallery_labels, return_counts=True)
+    items, sizes = np.unique(gallery_labels, return_counts=True)
     place = np.clip(np.searchsorted(items, query_labels), 0, len(items) - 1)
-    relevant_count = np.where(items[place] == query_labels, counts[place], 0) - (own is not None)
+    relevant_count = np.where(items[place] == query_labels, sizes[place], 0) - (own is not None)
     if not np.any(relevant_count > 0):
         raise UserError("no query has an image of its item in the gallery; check the split file")
     k = min(max(*recall_at, int(relevant_count.max())), candidates)
     search = partial(sharded_nearest_neighbors, k=k, chunk=chunk, mesh=mesh)
     found = search(queries, gallery, self_index=own)
-    relevant = gallery_labels[to_host(found.indices)] == query_labels[:, None]
-    values = {
-        f"recall@{at}": metrics.recall_at_k(relevant, relevant_count, k=at) for at in recall_at
-    }
-    values["r_precision"] = metrics.r_precision(relevant, relevant_count)
-    values["map@r"] = metrics.map_at_r(relevant, relevant_count)
+    relevant = jnp.asarray(gallery_labels[to_host(found.indices)] == query_labels[:, None])
+    counts = jnp.asarray(relevant_count)
+    values = {f"recall@{at}": metrics.recall_at_k(relevant, counts, k=at) for at in recall_at}
+    values["r_precision"] = metrics.r_precision(relevant, counts)
+    values["map@r"] = metrics.map_at_r(relevant, counts)
     counted = relevant_count > 0
     return Retrieval(
         scores={name: float(masked_mean(value)) for name, value in values.items()},

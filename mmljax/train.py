@@ -23,7 +23,6 @@ from mmljax.plot import plot_contributions
 from mmljax.train_step import make_train_step
 from mmljax.types import Batch, Dataset, TrainState
 
-
 _log = logging.getLogger(__name__)
 
 
