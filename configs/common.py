@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
             "memory": {"size": 0, "start": "0 steps"},
             "combination": {
                 "name": "share",
-                "weights": {"pair": 1.0, "proxy": 0.03, "separation": 0.003},
+                "weights": {"pair": 1.0, "proxy": 0.03, "separation": 0.3},
                 "embedding_shares": {"pair": 0.8, "proxy": 0.2},
                 "proxy_shares": {"proxy": 0.9, "separation": 0.1},
                 "cap": 10.0,

@@ -183,6 +183,9 @@ def load_dataset(config: Config) -> Dataset:
         "synthetic": synthetic,
         "in_shop": sources.read_in_shop,
         "tfds_in_shop": partial(sources.read_tfds, "in_shop"),
+        "tfds_cub": partial(sources.read_tfds, "caltech_birds2011"),
+        "tfds_cars": partial(sources.read_tfds, "cars196"),
+        "tfds_sop": partial(sources.read_tfds, "stanford_online_products"),
         "arrays": sources.read_arrays,
     }
     return choose(table, config.data.source, key="config.data.source")(config.data.directory)

@@ -41,7 +41,6 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
       UserError: on data or a config that cannot be used, or a loss that is not finite.
     """
     started = time.time()
-    _claim(workdir, config)
 
     # Everything that the config names, so that a mistake shows before any work is done.
     mesh = make_mesh()
@@ -94,6 +93,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
         counts = {k: v for k, v in result._asdict().items() if k != "scores"}
         return {**result.scores, **counts}
 
+    _claim(workdir, config)
     with ExitStack() as stack:  # whatever ends the run, saves under way are finished
         saved = checkpoints.Checkpoints(
             workdir / "checkpoints",
@@ -145,22 +145,19 @@ def _due(step: int, every: int) -> bool:
 
 def _claim(workdir: Path, config: Config) -> None:
     """Make the workdir, or check that the run in it is this one."""
-    path = workdir / "config.json"
-    now = to_dict(config)
-    if path.exists():
-        changed = differences(json.loads(path.read_text()), now)
-        if changed:
+    if is_main_process():
+        path, now = workdir / "config.json", to_dict(config)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            before = json.loads(path.read_text()) if path.exists() else now
+            report.write_atomically(path, json.dumps(before, indent=2))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
+        if changed := differences(before, now):
             raise UserError(
                 f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
                 "choose another --workdir"
             )
-        return
-    if is_main_process():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            report.write_atomically(path, json.dumps(now, indent=2))
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
     sync("claim")
 
 
