@@ -2,7 +2,7 @@
 
     python -m benchmarks.retrieval                      # the size of In-Shop, k = 50
     python -m benchmarks.retrieval --size sop           # Stanford Online Products, k = 100
-    python -m benchmarks.retrieval --peers none --chunk 8192
+    python -m benchmarks.retrieval --peers faiss --chunk 8192
 
 All sides see the same random unit vectors, run in turn within one process, as often as asked, and
 are given by their fastest run: what else a machine does slows every side. The first run of each
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=TASKS, default="inshop", help="sizes of the data")
     parser.add_argument("--dimensions", type=int, default=512, help="embedding size")
-    parser.add_argument("--chunk", type=int, default=16_384, help="gallery rows per product")
+    parser.add_argument("--chunk", type=int, default=65_536, help="gallery rows per product")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", default="faiss,torch", help="of faiss,torch; or none")
     options = parser.parse_args()
