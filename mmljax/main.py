@@ -32,13 +32,12 @@ def main(argv: list[str]) -> None:
     """Train as the flags say."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
-    try:
-        mapping = _CONFIG.value
-    except OSError as error:  # raised only when the value is asked for
-        raise UserError(f"--config: {_one_line(error)}") from error
-    if mapping is None:
+    if _CONFIG.value is None:
         raise UserError("--config is missing; for a first run: --config configs/quickstart.py")
-    config = config_lib.from_mapping(mapping)
+    try:
+        config = config_lib.from_mapping(_CONFIG.value)
+    except OSError as error:  # a file that could not be loaded says so when it is first used
+        raise UserError(f"--config: {_one_line(error)}") from error
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     default = Path("runs") / f"{name}-{config_lib.fingerprint(config)}"
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default

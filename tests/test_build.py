@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_config import load
 
 import runs
 from mmljax import build, config
@@ -16,6 +15,7 @@ from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
 from mmljax.relations import RELATIONS
 from mmljax.types import PairMasks
+from test_config import load
 
 
 def make(**changes: Any) -> config.Config:
@@ -141,6 +141,7 @@ def test_arrays_need_no_tensorflow_and_files_say_what_they_need(
         )
     )
     monkeypatch.setitem(sys.modules, "mmljax.data.pipeline", None)  # as if it could not be imported
+    monkeypatch.delattr("mmljax.data.pipeline", raising=False)
     small = make(data__batch_size=8, data__image_size=12, data__eval_batch_size=8)
     next(build.train_batches(dataset, small, make_mesh(), range(1)))
     files = dataset._replace(train=dataset.train._replace(images=np.array(["a.jpg"], object)))

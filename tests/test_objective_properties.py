@@ -16,11 +16,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from objective_blocks import quick_jit
 
 from mmljax.numerics import l2_normalize, masked_mean, similarity_matrix
 from mmljax.objectives import pair, proxy, ranking, separation
 from mmljax.types import PairMasks, Values
+from objective_blocks import quick_jit
 
 SAMPLES = CLASSES = 16  # as many classes as samples, so that all labels can differ
 DIMENSIONS = 6

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from mmljax import optim
 from mmljax.config import RunSize
 from mmljax.errors import UserError

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_blocks import SIZES, check_against_loop, quick_jit, random_block
 
 from mmljax.objectives import pair, ranking
 from mmljax.types import PairMasks
+from objective_blocks import SIZES, check_against_loop, quick_jit, random_block
 
 
 def hinge(z):

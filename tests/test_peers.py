@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_blocks import quick_jit
 
 from mmljax.numerics import l2_normalize, masked_mean, similarity_matrix
 from mmljax.objectives import pair, proxy, ranking, separation
 from mmljax.types import PairMasks, Values
+from objective_blocks import quick_jit
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_blocks import check_against_loop, quick_jit, random_block
 
 from mmljax.errors import UserError
 from mmljax.objectives import proxy
 from mmljax.types import PairMasks
+from objective_blocks import check_against_loop, quick_jit, random_block
 
 
 def proxy_anchor(s, positives, negatives, _, alpha, margin):

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_blocks import check_against_loop, quick_jit
 
 from mmljax.numerics import masked_mean
 from mmljax.objectives import separation
 from mmljax.types import PairMasks
+from objective_blocks import check_against_loop, quick_jit
 
 
 def nearest_proxy(s, positives, negatives, _, gamma, margin):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_config import load
 
 import runs
 from mmljax import build, train
@@ -15,6 +14,7 @@ from mmljax.checkpoints import Checkpoints
 from mmljax.config import Config, from_mapping
 from mmljax.errors import UserError
 from mmljax.models.resnet import BACKBONES
+from test_config import load
 
 pytestmark = pytest.mark.filterwarnings(
     # orbax reads checkpoints without shardings in runs.final_state, on purpose
