@@ -49,6 +49,8 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
     dataset = build.load_dataset(config) if dataset is None else dataset
     size = RunSize(config.data.batch_size, len(dataset.train.labels))
     total = steps(config.duration, size, key="config.duration")
+    if total < 1:
+        raise UserError(f"--config.duration={config.duration!r} is no step; ask for at least one")
     duration = partial(steps, size=size._replace(total_steps=total))
     evaluate_every = duration(config.evaluation.every, key="config.evaluation.every")
     save_every = duration(config.checkpoint.every, key="config.checkpoint.every")

@@ -107,6 +107,12 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
     assert runs.metrics(tmp_path / "run") == before
 
 
+def test_run_of_no_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--config.duration='0 steps'"):
+        train.train(make_config(tmp_path, duration="0 steps"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = make_config(tmp_path, optimizer__head__learning_rate=1e38, optimizer__warmup="0 steps")
     with pytest.raises(UserError, match=r"not finite at step \d+.*learning_rate"):
