@@ -2,7 +2,7 @@
 
     python -m mmljax.main --config configs/quickstart.py
 
-Hardware: two CPU cores.
+Hardware: two CPU cores, under 3 minutes. Expected Recall@1: see the README's table of results.
 """
 
 from ml_collections import ConfigDict
