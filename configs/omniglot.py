@@ -3,8 +3,8 @@
     python -m benchmarks.omniglot --images omniglot_background_56.npz --out data/omniglot.npz
     python -m mmljax.main --config configs/omniglot.py
 
-Hardware: two CPU cores as two devices (JAX_NUM_CPU_DEVICES=2), under 15 minutes. Expected score: see
-the README's table of results.
+Hardware: two CPU cores as two devices (JAX_NUM_CPU_DEVICES=2), under 15 minutes.
+Expected score: see the README's table of results.
 """
 
 from ml_collections import ConfigDict
