@@ -16,6 +16,7 @@ import numpy as np
 
 from mmljax import build, checkpoints, optim, report
 from mmljax.config import Config, RunSize, choose, differences, steps, to_dict
+from mmljax.data.sources import count_small_classes
 from mmljax.errors import UserError
 from mmljax.evaluate import evaluate, make_embed
 from mmljax.mesh import is_main_process, make_mesh, sync
@@ -175,8 +176,7 @@ def _restore(saved: checkpoints.Checkpoints, state: TrainState) -> tuple[TrainSt
 def _describe(
     config: Config, dataset: Dataset, state: TrainState, *, total: int, first: int
 ) -> None:
-    labels = np.bincount(dataset.train.labels, minlength=dataset.classes)
-    small = int(np.sum(labels < config.data.images_per_class))
+    small = count_small_classes(dataset.train.labels, size=config.data.images_per_class)
     gallery = "none (self-retrieval)" if dataset.gallery is None else len(dataset.gallery.labels)
     _log.info(
         "devices: %d x %s; train %d images of %d items; query %d; gallery %s",
