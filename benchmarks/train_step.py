@@ -21,10 +21,9 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from mmljax import build, optim
-from mmljax.config import Config, RunSize, from_mapping
+from mmljax.assemble import assemble
+from mmljax.config import Config, from_mapping
 from mmljax.mesh import make_mesh, place
-from mmljax.train_step import make_train_step
 from mmljax.types import Batch
 
 CLASSES = 3997  # In-Shop's training items
@@ -56,37 +55,13 @@ def our_step(options: argparse.Namespace, batch: Batch) -> Callable[[int], None]
     """A function that runs that many steps to their end."""
     config = make_config(options)
     mesh = make_mesh()
-    objectives, combination = build.make_objectives(config), build.make_combination(config)
-    size = RunSize(config.data.batch_size, 25_882, 10_000)
-    schedules = optim.make_schedules(config.optimizer, size)
-    optimizer = optim.make_optimizer(config.optimizer, schedules)
-    graphdef, state = build.make_state(
-        config,
-        classes=CLASSES,
-        channels=3,
-        objectives=len(objectives),
-        combination=combination,
-        optimizer=optimizer,
-        mesh=mesh,
-    )
-    step = make_train_step(
-        graphdef=graphdef,
-        objectives=objectives,
-        combination=combination,
-        optimizer=optimizer,
-        mesh=mesh,
-        classes=CLASSES,
-        centers=1,
-        surgery=False,
-        row_block=0,
-        memory_start=0,
-    )
+    trainer = assemble(config, classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh)
     placed = place(batch, mesh)
-    held = [state]
+    held = [trainer.state]
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            held[0], _ = step(held[0], placed)
+            held[0], _ = trainer.step(held[0], placed)
         jax.block_until_ready(held[0].params)
 
     return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from mmljax import build, checkpoints, optim, report
-from mmljax.config import Config, RunSize, choose, differences, steps, to_dict
+from mmljax.assemble import assemble
+from mmljax.config import Config, differences, to_dict
 from mmljax.data.sources import count_small_classes
 from mmljax.errors import UserError
 from mmljax.evaluate import evaluate, make_embed
 from mmljax.mesh import is_main_process, make_mesh, sync
 from mmljax.plot import plot_contributions
-from mmljax.train_step import make_train_step
 from mmljax.types import Batch, Dataset, TrainState
 
 _log = logging.getLogger(__name__)
@@ -45,44 +45,18 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
 
     # Everything that the config names, so that a mistake shows before any work is done.
     mesh = make_mesh()
-    objectives = build.make_objectives(config)
-    combination = build.make_combination(config)
     dataset = build.load_dataset(config) if dataset is None else dataset
-    size = RunSize(config.data.batch_size, len(dataset.train.labels))
-    total = steps(config.duration, size, key="config.duration")
-    if total < 1:
-        raise UserError(f"--config.duration={config.duration!r} is no step; ask for at least one")
-    duration = partial(steps, size=size._replace(total_steps=total))
-    evaluate_every = duration(config.evaluation.every, key="config.evaluation.every")
-    save_every = duration(config.checkpoint.every, key="config.checkpoint.every")
-    schedules = optim.make_schedules(config.optimizer, size._replace(total_steps=total))
-    optimizer = optim.make_optimizer(config.optimizer, schedules)
-    graphdef, state = build.make_state(
+    trainer = assemble(
         config,
         classes=dataset.classes,
         channels=build.image_channels(dataset),
-        objectives=len(objectives),
-        combination=combination,
-        optimizer=optimizer,
+        train_examples=len(dataset.train.labels),
         mesh=mesh,
     )
-    train_step = make_train_step(
-        graphdef=graphdef,
-        objectives=objectives,
-        combination=combination,
-        optimizer=optimizer,
-        mesh=mesh,
-        classes=dataset.classes,
-        centers=config.centers,
-        surgery=choose(
-            {"none": False, "pcgrad": True},
-            config.combination.surgery,
-            key="config.combination.surgery",
-        ),
-        row_block=config.row_block,
-        memory_start=duration(config.memory.start, key="config.memory.start"),
-    )
-    embed = make_embed(graphdef)
+    state, total = trainer.state, trainer.total_steps
+    evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
+    save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
+    embed = make_embed(trainer.graphdef)
 
     def score(state: TrainState) -> dict[str, float]:
         result = evaluate(
@@ -120,11 +94,11 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
 
         # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
         # of s, so that a run which goes on from it has them all.
-        ledger = _Ledger(reporter, schedules)
+        ledger = _Ledger(reporter, trainer.schedules)
         batches = build.train_batches(dataset, config, mesh, range(first, total))
         for step in range(first + 1, total + 1):
             batch = ledger.wait_for(batches)
-            state, scalars = train_step(state, batch)
+            state, scalars = trainer.step(state, batch)
             ledger.add(step, scalars)
             evaluates = step == total or _due(step, evaluate_every)
             saves = evaluates or _due(step, save_every)
@@ -199,7 +173,7 @@ def _describe(
 class _Ledger:
     """Holds scalars on the device and fetches them in blocks, so that no step waits for them."""
 
-    def __init__(self, reporter: report.Reporter, schedules: dict[str, Any]) -> None:
+    def __init__(self, reporter: report.Reporter, schedules: Mapping[str, Any]) -> None:
         self._reporter = reporter
         self._schedules = schedules
         self._rows: list[tuple[int, dict[str, jax.Array]]] = []

@@ -21,7 +21,7 @@ LAYERS = (  # a module imports only from its own layer and those above it in thi
     ("types", "numerics", "errors", "config", "mesh"),
     ("objectives.*", "mining", "relations", "combination", "ledger", "retrieval", "metrics"),
     ("models.*", "data.*"),
-    ("build", "optim", "train_step", "evaluate"),
+    ("build", "optim", "train_step", "evaluate", "assemble"),
     ("checkpoints", "plot", "report"),
     ("train",),
     ("main",),
