@@ -10,6 +10,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -47,6 +50,29 @@ def masked_mean(values: Values) -> Float[Array, "*terms"]:
     return total / jnp.maximum(count, 1)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _masked_logsumexp(x: Array, mask: Array, add_one: bool) -> Array:
+    any_kept = jnp.any(mask, axis=-1)
+    peak = jnp.max(jnp.where(mask, x, jnp.finfo(x.dtype).min), axis=-1)
+    peak = jnp.where(any_kept, peak, 0)
+    if add_one:
+        peak = jnp.maximum(peak, 0)
+    total = jnp.sum(jnp.where(mask, jnp.exp(x - peak[..., None]), 0), axis=-1)
+    if add_one:
+        total = total + jnp.exp(-peak)
+    return jnp.where(any_kept, peak + jnp.log(jnp.where(any_kept, total, 1)), 0)
+
+
+@_masked_logsumexp.defjvp
+def _masked_logsumexp_jvp(add_one: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The tangent is the softmax's: from the value itself, in one pass, with nothing kept."""
+    x, mask = primals
+    value = _masked_logsumexp(x, mask, add_one)
+    # The inner where keeps the exponent of masked entries at 0, so no inf meets a zero gradient.
+    softmax = jnp.where(mask, jnp.exp(jnp.where(mask, x - value[..., None], 0)), 0)
+    return value, jnp.sum(softmax * tangents[0], axis=-1)
+
+
 def masked_logsumexp(
     x: Float[Array, "n m"], mask: Bool[Array, "n m"], *, add_one: bool = False
 ) -> Float[Array, " n"]:
@@ -55,15 +81,4 @@ def masked_logsumexp(
     Never overflows, and its gradient is finite everywhere: where a row has no kept entry the
     value is 0 (the log of the one, or by convention) and the gradient 0.
     """
-    any_kept = jnp.any(mask, axis=-1)
-    lowest = jnp.finfo(x.dtype).min
-    peak = jnp.max(jnp.where(mask, x, lowest), axis=-1)
-    peak = jax.lax.stop_gradient(jnp.where(any_kept, peak, 0))
-    if add_one:
-        peak = jnp.maximum(peak, 0)
-    # The inner where keeps the exponent of masked entries at 0, so no inf meets a zero gradient.
-    shifted = jnp.where(mask, x - peak[..., None], 0)
-    total = jnp.sum(jnp.where(mask, jnp.exp(shifted), 0), axis=-1)
-    if add_one:
-        total = total + jnp.exp(-peak)
-    return jnp.where(any_kept, peak + jnp.log(jnp.where(any_kept, total, 1)), 0)
+    return _masked_logsumexp(x, mask, add_one)

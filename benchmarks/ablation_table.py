@@ -1,0 +1,85 @@
+"""What the ablation's records say: the chosen settings, and the table of the test runs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS = ("recall@1", "map@r")
+SELECT_BY = "map@r"  # the less noisy of the two
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # n: t 97.5 %
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """Records so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(record: Record) -> tuple[str, bool, str, int]:
+    """What tells one run from another."""
+    setting = json.dumps(record["setting"], sort_keys=True)
+    return record["row"], record["tuning"], setting, record["seed"]
+
+
+def choose(records: list[Record]) -> dict[str, Any]:
+    """Of each row that was tuned, the setting that validated best."""
+    best: dict[str, Record] = {}
+    for record in records:
+        if record["tuning"]:
+            held = best.setdefault(record["row"], record)
+            if record[SELECT_BY] > held[SELECT_BY]:
+                best[record["row"]] = record
+    return {name: record["setting"] for name, record in best.items()}
+
+
+def best_single(records: list[Record]) -> str:
+    """The single objective that validated best."""
+    singles = [r for r in records if r["tuning"] and r["group"] == "single"]
+    return max(singles, key=lambda r: r[SELECT_BY])["row"]
+
+
+def markdown(directory: Path, reference: str | None = None) -> str:
+    """The table of the test runs, each row beside the best single objective, paired by seed."""
+    records = read(directory / "results.jsonl")
+    reference = reference or best_single(records)
+    scores: dict[str, dict[int, Record]] = defaultdict(dict)
+    for record in records:
+        if not record["tuning"]:
+            scores[record["row"]][record["seed"]] = record
+    lines = [
+        f"Compared with: {reference}.",
+        "",
+        "| row | tuned | R@1 % | difference | MAP@R % | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, by_seed in scores.items():
+        cells = []
+        for metric in METRICS:
+            values = 100 * np.array([by_seed[seed][metric] for seed in sorted(by_seed)])
+            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
+            cells.append(difference(by_seed, scores[reference], metric))
+        lines.append(
+            f"| {row} | {describe(by_seed[min(by_seed)]['setting'])} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def difference(one: dict[int, Record], other: dict[int, Record], metric: str) -> str:
+    """Mean of the paired differences in points, with its 95 % interval (Student's t)."""
+    seeds = sorted(one.keys() & other.keys())
+    values = 100 * np.array([one[s][metric] - other[s][metric] for s in seeds])
+    if not values.any():
+        return "0"
+    half = STUDENT[len(seeds)] * values.std(ddof=1) / len(seeds) ** 0.5
+    return f"{values.mean():+.1f} [{values.mean() - half:+.1f}, {values.mean() + half:+.1f}]"
+
+
+def describe(setting: dict[str, Any]) -> str:
+    """A setting in short: the last part of each key."""
+    return ", ".join(f"{key.split('.', 1)[-1]} {value}" for key, value in setting.items())

@@ -1,0 +1,120 @@
+"""What the ledger costs: the whole step beside one that knows only the sum of the losses.
+
+    python -m benchmarks.ledger                                        # ResNet-50, 224 px
+    python -m benchmarks.ledger --batch-size 16 --image-size 128       # enough for a CPU
+
+The plain step has the same network, objectives, mining, weights and optimiser, and takes one
+gradient of the weighted sum; it measures no contribution. Steps alternate; the best of each side
+counts. The network's gradient norms of the first step are compared before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from benchmarks import machine
+from benchmarks.train_step import CLASSES, make_batch, make_config
+from mmljax import build, optim, train_step
+from mmljax.assemble import assemble
+from mmljax.config import RunSize
+from mmljax.mesh import AXIS, make_mesh, place
+from mmljax.numerics import l2_normalize
+from mmljax.relations import RELATIONS, objective_sums
+
+
+def plain_step(config: Any, graphdef: Any, mesh: Any, optimizer: Any) -> Any:
+    """``(params, model_state, optimizer_state, key, batch) -> (the first three, norm)``."""
+    objectives = build.make_objectives(config)
+    weights = [config.combination.weights[objective.name] for objective in objectives]
+
+    def loss(params: Any, model_state: Any, key: Any, batch: Any) -> Any:
+        model = nnx.merge(graphdef, params["network"], model_state, copy=True)
+        embeddings = model(batch.images, train=True)
+        points = {
+            "samples": train_step._samples(embeddings, batch.labels),
+            "proxies": train_step._proxies(
+                l2_normalize(params["proxies"]), classes=CLASSES, centers=config.centers
+            ),
+        }
+        step = jnp.zeros((), jnp.int32)
+        samples = points["samples"]
+        context = train_step._context(samples, points, objectives, key, step, centers=1)
+        total = jnp.zeros(())
+        for weight, objective in zip(weights, objectives, strict=True):
+            rows, columns = (points[kind] for kind in RELATIONS[objective.relation])
+            sums, (counts, _) = objective_sums(objective, rows, columns, context, row_block=0)
+            total += weight * jnp.sum(sums / jnp.maximum(counts, 1))
+        return total, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    layout = {"network": whole, "proxies": split, "weights": whole}
+    gradients = jax.shard_map(
+        jax.grad(loss, has_aux=True),
+        mesh=mesh,
+        in_specs=(layout, whole, whole, split),
+        out_specs=(layout, whole),
+        check_vma=False,
+    )
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params: Any, model_state: Any, optimizer_state: Any, key: Any, batch: Any) -> Any:
+        grads, model_state = gradients(params, model_state, key, batch)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+        norm = optax.tree.norm(grads["network"])
+        return optax.apply_updates(params, updates), model_state, optimizer_state, norm
+
+    return step
+
+
+def main() -> None:
+    """Time both in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=180)
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--batch-norm", default="global")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    config = make_config(options)
+    fixed = config.combination.__class__(**{**vars(config.combination), "name": "fixed"})
+    config = config.__class__(**{**vars(config), "combination": fixed})
+    mesh = make_mesh(jax.devices()[:1])
+    trainer = assemble(config, classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh)
+    size = RunSize(options.batch_size, 25_882, trainer.total_steps)
+    optimizer = optim.make_optimizer(config.optimizer, optim.make_schedules(config.optimizer, size))
+    batch = place(make_batch(options), mesh)
+    state = trainer.state
+    held = jax.tree.map(jnp.copy, (state.params, state.model_state, state.optimizer_state))
+    plain = plain_step(config, trainer.graphdef, mesh, optimizer)
+    key = jnp.copy(state.key)
+    best = {"with ledger": float("inf"), "plain": float("inf")}
+    for repeat in range(options.repeats + 1):  # the first compiles
+        begin = time.perf_counter()
+        state, scalars = jax.block_until_ready(trainer.step(state, batch))
+        middle = time.perf_counter()
+        *held, norm = jax.block_until_ready(plain(*held, key, batch))
+        end = time.perf_counter()
+        if repeat:
+            best["with ledger"] = min(best["with ledger"], middle - begin)
+            best["plain"] = min(best["plain"], end - middle)
+        else:
+            ours = float(scalars["gradient_norm/network"])
+            assert abs(ours - float(norm)) < 1e-2 * float(norm), (ours, float(norm))
+    print(machine.describe())
+    for name, seconds in best.items():
+        print(f"{name:<12}{1e3 * seconds:10.1f} ms per step")
+    print(f"cost of the ledger: {100 * (best['with ledger'] / best['plain'] - 1):+.1f} %")
+
+
+if __name__ == "__main__":
+    main()
