@@ -81,5 +81,14 @@ def difference(one: dict[int, Record], other: dict[int, Record], metric: str) ->
 
 
 def describe(setting: dict[str, Any]) -> str:
-    """A setting in short: the last part of each key."""
-    return ", ".join(f"{key.split('.', 1)[-1]} {value}" for key, value in setting.items())
+    """A setting in short: the last part of each key, of objectives their mining's margin."""
+    parts = []
+    for key, value in setting.items():
+        if key == "objectives":
+            parts.append(f"margin {value['pair']['mining']['margin']}")
+        elif isinstance(value, dict):
+            shown = ", ".join(f"{name} {number:.3g}" for name, number in value.items())
+            parts.append(f"{key.split('.')[-1]} ({shown})")
+        else:
+            parts.append(f"{key.split('.', 1)[-1]} {value}")
+    return ", ".join(parts)

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
                 "compute_dtype": "bfloat16",
             },
             "objectives": {
-                "pair": objective("multi_similarity", rule="either", margin=0.1),
+                "pair": objective("multi_similarity", rule="either", margin=0.4),
                 "proxy": objective("proxy_anchor"),
                 "separation": objective("nearest_proxy"),
             },
