@@ -24,6 +24,7 @@ from benchmarks import machine
 from mmljax.assemble import assemble
 from mmljax.config import Config, from_mapping
 from mmljax.mesh import make_mesh, place
+from mmljax.models import resnet
 from mmljax.types import Batch
 
 CLASSES = 3997  # In-Shop's training items
@@ -123,9 +124,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=180)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--batch-norm", default="global", choices=["global", "frozen"])
+    parser.add_argument(
+        "--no-fold",
+        action="store_true",
+        help="frozen BatchNorm after our convolutions, not in them",
+    )
     parser.add_argument("--steps", type=int, default=20, help="per timing")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    resnet.FOLD = not options.no_fold
 
     batch = make_batch(options)
     sides = {"mmljax": our_step(options, batch)}

@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
             "model": {
                 "backbone": "resnet50",
                 "width": 64,
+                "pretrained": "",
+                "pixel_norm": "imagenet",
                 "embedding_size": 512,
                 "pooling": "average+max",
                 "layer_norm": "before",
@@ -107,6 +109,8 @@ def get_config() -> ConfigDict:
                 "recall_at": (1, 10, 20, 30, 40, 50),
                 "gallery_chunk": 4096,
                 "untrained": True,
+                "geometry": True,
+                "clustering": False,
             },
             "checkpoint": {"every": "1 epochs", "keep_last": 2, "keep_best": 1},
             "log": {"every": 50, "tensorboard": True, "plot": True},

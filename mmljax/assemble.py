@@ -30,7 +30,13 @@ class Trainer(NamedTuple):
 
 
 def assemble(
-    config: Config, *, classes: int, channels: int, train_examples: int, mesh: Mesh
+    config: Config,
+    *,
+    classes: int,
+    channels: int,
+    train_examples: int,
+    mesh: Mesh,
+    pretrained: bool = True,
 ) -> Trainer:
     """Put together everything that the config names; a mistake in it shows here.
 
@@ -40,6 +46,7 @@ def assemble(
       channels: of the images.
       train_examples: images of the training split, the length of an epoch.
       mesh: over which batch and proxies divide.
+      pretrained: whether to load the weights that the config names, if any.
 
     Raises:
       UserError: on a config that cannot be used.
@@ -67,6 +74,7 @@ def assemble(
         combination=combination,
         optimizer=optimizer,
         mesh=mesh,
+        pretrained=pretrained,
     )
     step = make_train_step(
         graphdef=graphdef,

@@ -19,6 +19,7 @@ from mmljax.config import Config, ObjectiveConfig, choose, nearest
 from mmljax.errors import UserError
 from mmljax.mesh import AXIS, place, process_rows
 from mmljax.models.embedder import make_embedder
+from mmljax.models.pretrained import load_pretrained
 from mmljax.objectives import pair, proxy, ranking, separation
 from mmljax.relations import RELATIONS
 from mmljax.types import Batch, Combination, Dataset, Objective, Split, TrainState
@@ -244,14 +245,16 @@ def make_state(
     combination: Combination,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    pretrained: bool = True,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The graph of the embedder and the state before the first step, laid out on the mesh.
 
     Proxies start as random directions, ``N(0, 1 / d)`` per component; they are used at unit
-    length, so their stored length only sets how far a step turns them.
+    length, so their stored length only sets how far a step turns them. The backbone starts from
+    ``config.model.pretrained``, where that names weights and ``pretrained`` holds.
 
     Raises:
-      UserError: if the proxies do not divide over the devices.
+      UserError: if the proxies do not divide over the devices, or the weights cannot be used.
     """
     devices = mesh.devices.size
     if PROXY_MULTIPLE % devices:
@@ -262,6 +265,8 @@ def make_state(
     # This generator compiles several times faster than the default one, per shape of a parameter.
     rngs = nnx.Rngs(jax.random.key(config.seed, impl="rbg"))
     model = make_embedder(config.model, channels=channels, rngs=rngs)
+    if pretrained and config.model.pretrained:
+        load_pretrained(model.backbone, config.model.pretrained)
     graphdef, network, *rest = nnx.split(model, nnx.Param, ...)
     dtype = jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
     size = config.model.embedding_size

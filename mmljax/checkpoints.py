@@ -87,6 +87,15 @@ class Checkpoints:
         self._manager.close()
 
 
+def is_in(directory: Path) -> bool:
+    """Whether a folder, which may be missing, holds a whole checkpoint."""
+    if not directory.is_dir():
+        return False
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        return manager.latest_step() is not None
+
+
 def _keys(state: Any) -> list[str]:
     return [
         jax.tree_util.keystr(path, simple=True, separator=".")

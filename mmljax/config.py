@@ -57,10 +57,12 @@ class DataConfig:
 class ModelConfig:
     """Backbone and embedding head."""
 
-    backbone: str  # a key of build.BACKBONES
-    width: int  # channels of the first stage
+    backbone: str  # a key of models.backbones.BACKBONES
+    width: int  # channels of a ResNet's first stage, of a ViT's attention heads; published: 64
+    pretrained: str  # a file of weights, or hf:OWNER/NAME@COMMIT; "" to start from random ones
+    pixel_norm: str  # imagenet (mean, deviation) or half (0.5, 0.5), as the weights were trained
     embedding_size: int
-    pooling: str  # average, max, average+max
+    pooling: str  # of a ResNet: average, max, average+max; of a ViT: token, average
     layer_norm: str  # none, before (the projection), after
     batch_norm: str  # global (over the whole batch) or frozen (running statistics)
     compute_dtype: str  # of the backbone: float32 or bfloat16
@@ -142,6 +144,8 @@ class EvaluationConfig:
     recall_at: tuple[int, ...]
     gallery_chunk: int  # rows of the gallery per matrix product
     untrained: bool  # also score the network before the first step
+    geometry: bool  # also measure the embeddings' density and spectral decay
+    clustering: bool  # also cluster them, for NMI and AMI: needs scikit-learn, and takes long
 
 
 @dataclasses.dataclass(frozen=True)

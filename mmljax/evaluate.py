@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mmljax import metrics
+from mmljax.clustering import clustering_scores
 from mmljax.errors import UserError
+from mmljax.geometry import embedding_density, spectral_decay
 from mmljax.mesh import to_host
-from mmljax.numerics import masked_mean
-from mmljax.retrieval import sharded_nearest_neighbors
-from mmljax.types import Batch, Params
+from mmljax.retrieval import PositiveRanks, sharded_nearest_neighbors, sharded_positive_ranks
+from mmljax.types import Batch, Params, Values
 
 Embed = Callable[[Params, Params, Array], Float[Array, "b d"]]
 
@@ -46,13 +46,19 @@ def embed_batches(
 
 
 class Retrieval(NamedTuple):
-    """Scores of a whole split and the counts behind them."""
+    """Scores of a whole split, the counts behind them, and what each query had."""
 
     scores: dict[str, float]
     queries: int
     gallery: int
     lone_queries: int  # without a relevant item in the gallery; in no score
     chance: float  # expected Recall@1 of a random order
+    per_query: dict[str, np.ndarray]  # [q] of each score that is a mean; NaN for lone queries
+
+    def summary(self) -> dict[str, float]:
+        """Scores and counts in one flat dict: a row of the log."""
+        counts = {k: v for k, v in self._asdict().items() if k not in ("scores", "per_query")}
+        return {**self.scores, **counts}
 
 
 def retrieval_scores(
@@ -64,8 +70,17 @@ def retrieval_scores(
     recall_at: tuple[int, ...],
     chunk: int,
     mesh: Mesh,
+    geometry: bool = False,
+    clustering: bool = False,
 ) -> Retrieval:
-    """Recall@K, R-precision and MAP@R of queries against a gallery, or among themselves.
+    """Scores of queries against a gallery, or among themselves; equal similarities help nobody.
+
+    A score is what the worst order of equally similar items gives, so that an embedding which maps
+    all images to one point has 0. ``recall@K`` and ``mrr`` look at the whole gallery;
+    ``r_precision``, ``map@r`` and ``map@K`` (of the largest K) read the neighbours by
+    :func:`mmljax.metrics.pessimistic_relevance`. What ties are worth is told by
+    ``recall_expected@K``, ``recall_optimistic@K`` and ``tie_rate``: the share of queries whose best
+    relevant item has an irrelevant one exactly level with it.
 
     Args:
       queries: unit vectors in NumPy, ``[q d]``.
@@ -76,9 +91,13 @@ def retrieval_scores(
       recall_at: the K of Recall@K.
       chunk: gallery rows per matrix product.
       mesh: the devices that share the gallery.
+      geometry: whether to add ``embedding_density`` and ``spectral_decay`` of queries and gallery
+        together (:mod:`mmljax.geometry`).
+      clustering: whether to add ``nmi`` and ``ami`` of the same (:mod:`mmljax.clustering`).
 
     Raises:
-      UserError: if a K exceeds the gallery, or no query has a relevant item.
+      UserError: if a K exceeds the gallery, no query has a relevant item, or scikit-learn is asked
+        for and absent.
     """
     own = np.arange(len(queries), dtype=np.int32) if gallery is None else None
     if gallery is None or gallery_labels is None:
@@ -92,24 +111,72 @@ def retrieval_scores(
     items, sizes = np.unique(gallery_labels, return_counts=True)
     place = np.clip(np.searchsorted(items, query_labels), 0, len(items) - 1)
     relevant_count = np.where(items[place] == query_labels, sizes[place], 0) - (own is not None)
-    if not np.any(relevant_count > 0):
-        raise UserError("no query has an image of its item in the gallery; check the split file")
-    k = min(max(*recall_at, int(relevant_count.max())), candidates)
-    search = partial(sharded_nearest_neighbors, k=k, chunk=chunk, mesh=mesh)
-    found = search(queries, gallery, self_index=own)
-    relevant = jnp.asarray(gallery_labels[to_host(found.indices)] == query_labels[:, None])
-    counts = jnp.asarray(relevant_count)
-    values = {f"recall@{at}": metrics.recall_at_k(relevant, counts, k=at) for at in recall_at}
-    values["r_precision"] = metrics.r_precision(relevant, counts)
-    values["map@r"] = metrics.map_at_r(relevant, counts)
     counted = relevant_count > 0
+    if not np.any(counted):
+        raise UserError("no query has an image of its item in the gallery; check the split file")
+
+    search = {"chunk": chunk, "mesh": mesh, "self_index": own}
+    ranks = sharded_positive_ranks(queries, gallery, query_labels, gallery_labels, **search)
+    values = _by_rank(PositiveRanks(*map(_local, ranks)), recall_at)
+    k = min(max(*recall_at, int(relevant_count.max())), candidates)
+    # One more, so that it shows whether the last ones tie with what comes after them.
+    found = sharded_nearest_neighbors(queries, gallery, k=min(k + 1, candidates), **search)
+    relevant = gallery_labels[to_host(found.indices)] == query_labels[:, None]
+    relevant = metrics.pessimistic_relevance(_local(found.similarity), jnp.asarray(relevant), k=k)
+    values |= _by_list(relevant, jnp.asarray(relevant_count), max(recall_at))
+
+    per_query = {
+        name: np.where(counted, value.value, np.nan).astype(np.float32)
+        for name, value in values.items()
+    }
+    scores = {
+        name: float(np.sum(value[counted], dtype=np.float64) / np.sum(counted))
+        for name, value in per_query.items()
+    }
+    every, every_label = queries, query_labels
+    if own is None:
+        every = np.concatenate([queries, gallery])
+        every_label = np.concatenate([query_labels, gallery_labels])
+    if geometry:
+        scores["embedding_density"] = embedding_density(every, every_label)
+        scores["spectral_decay"] = spectral_decay(every)
+    if clustering:
+        scores |= clustering_scores(every, every_label, seed=0)
     return Retrieval(
-        scores={name: float(masked_mean(value)) for name, value in values.items()},
+        scores=scores,
         queries=len(queries),
         gallery=len(gallery),
         lone_queries=int(np.sum(~counted)),
         chance=float(np.mean(relevant_count[counted] / candidates)),
+        per_query=per_query,
     )
+
+
+def _local(x: Array) -> Array:
+    """A global array as one of this process alone, to be reckoned with further."""
+    return jnp.asarray(to_host(x))
+
+
+def _by_rank(ranks: PositiveRanks, recall_at: tuple[int, ...]) -> dict[str, Values]:
+    """What follows from where the best relevant item stands in the whole gallery."""
+    level = ranks.above, ranks.tied, ranks.tied_relevant, ranks.relevant
+    recalls = {k: metrics.tied_recall_at_k(*level, k=k) for k in recall_at}
+    return {
+        **{f"recall@{k}": recalls[k].pessimistic for k in recall_at},
+        **{f"recall_expected@{k}": recalls[k].expected for k in recall_at},
+        **{f"recall_optimistic@{k}": recalls[k].optimistic for k in recall_at},
+        "mrr": metrics.pessimistic_reciprocal_rank(ranks.above, ranks.tied, ranks.relevant),
+        "tie_rate": metrics.is_tied(ranks.tied, ranks.relevant),
+    }
+
+
+def _by_list(relevant: Array, relevant_count: Array, most: int) -> dict[str, Values]:
+    """What follows from which neighbours are relevant."""
+    return {
+        "r_precision": metrics.r_precision(relevant, relevant_count),
+        "map@r": metrics.map_at_r(relevant, relevant_count),
+        f"map@{most}": metrics.map_at_k(relevant, relevant_count, k=most),
+    }
 
 
 def evaluate(

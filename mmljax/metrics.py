@@ -3,7 +3,12 @@
 A query's *neighbours* are gallery items, best first; an item is *relevant* if it has the query's
 label; ``relevant_count`` (R) is how many relevant items the whole gallery holds, found or not. A
 *lone* query has none: every metric here is undefined for it, so it is not valid and enters no mean
-(:func:`mmljax.numerics.masked_mean`). Recall@1 is also Precision@1, and top-1 accuracy.
+(:func:`mmljax.numerics.masked_mean`, a total over a count). Recall@1 is also Precision@1, and top-1
+accuracy.
+
+A list has its ties in some order. Where that must not matter, take it through
+:func:`pessimistic_relevance` first, or use :func:`tied_recall_at_k` and
+:func:`pessimistic_reciprocal_rank`, which look at the whole gallery.
 
 >>> import jax.numpy as jnp
 >>> relevant = jnp.array([[False, True, True], [False, False, False]])
@@ -18,9 +23,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mmljax.numerics import masked_mean
 from mmljax.types import Values
 
 
@@ -49,6 +56,15 @@ def recall_at_k(
     _check_width(relevant, k)
     found = jnp.any(jnp.asarray(relevant)[:, :k], axis=1)
     return _values(found.astype(jnp.float32), relevant_count)
+
+
+def precision_at_k(
+    relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"], *, k: int
+) -> Values:
+    """Share of relevant items among the first ``k`` neighbours."""
+    _check_width(relevant, k)
+    hits = jnp.sum(jnp.asarray(relevant)[:, :k], axis=1)
+    return _values(hits / k, relevant_count)
 
 
 def r_precision(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]) -> Values:
@@ -90,6 +106,58 @@ def reciprocal_rank(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q
     return _values(jnp.where(jnp.any(hits, axis=1), 1 / (first + 1), 0), relevant_count)
 
 
+def cumulative_match(
+    relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]
+) -> Float[Array, " k"]:
+    """The cumulative match characteristic: Recall@1 to Recall@k, each the mean over valid queries.
+
+    So re-identification calls it, where each query has one relevant item or the first found counts.
+    0 where no query is valid.
+    """
+    found = jnp.cumsum(jnp.asarray(relevant), axis=1) > 0
+    return masked_mean(_values(found.T.astype(jnp.float32), relevant_count))
+
+
+def pessimistic_relevance(
+    similarity: Float[Array, "q n"], relevant: Bool[Array, "q n"], *, k: int
+) -> Bool[Array, "q k"]:
+    """Relevance of the first ``k`` neighbours with irrelevant items first among equal similarities.
+
+    What :func:`map_at_r` and others make of it owes nothing to the gallery's order. Where a tie
+    goes on beyond place ``k``, all its places are taken for irrelevant ones: the true worst case if
+    the gallery has as many irrelevant items in that tie, else a bound from below.
+
+    Args:
+      similarity: in falling order, of ``n`` neighbours: ``k + 1``, so that a tie which goes on is
+        seen, or ``k`` where the gallery has no more.
+      relevant: of the same neighbours.
+      k: places.
+    """
+    similarity, relevant = jnp.asarray(similarity), jnp.asarray(relevant)
+    _check_width(relevant, k)
+    falls = similarity[:, 1:] < similarity[:, :-1]
+    tie = jnp.pad(jnp.cumsum(falls, axis=1), ((0, 0), (1, 0)))
+    if relevant.shape[1] > k:
+        relevant = relevant & (tie != tie[:, k : k + 1])
+    tie, relevant = tie[:, :k], relevant[:, :k]
+    order = jnp.argsort(2 * tie + relevant, axis=1)
+    return jnp.take_along_axis(relevant, order, axis=1)
+
+
+def pessimistic_reciprocal_rank(
+    above: Int[Array, " q"], tied: Int[Array, " q"], relevant_count: Int[Array, " q"]
+) -> Values:
+    """One over the place of the first relevant item in the whole gallery, behind what ties with it.
+
+    Args:
+      above: irrelevant items strictly above the best relevant one, as from
+        :func:`mmljax.retrieval.positive_ranks`.
+      tied: irrelevant items level with it.
+      relevant_count: R.
+    """
+    return _values(1 / (jnp.asarray(above) + jnp.asarray(tied) + 1), relevant_count)
+
+
 def tied_recall_at_k(
     above: Int[Array, " q"],
     tied: Int[Array, " q"],
@@ -116,10 +184,13 @@ def tied_recall_at_k(
       k: places.
     """
     above, tied, tied_relevant = (jnp.asarray(x) for x in (above, tied, tied_relevant))
-    place = jnp.arange(k)
-    left = jnp.maximum(tied[:, None] - place, 0)
-    miss = left / jnp.maximum(left + tied_relevant[:, None], 1)
-    miss = jnp.prod(jnp.where(place < k - above[:, None], miss, 1.0), axis=1)
+
+    def fill(place: Array, miss: Array) -> Array:
+        left = jnp.maximum(tied - place, 0)
+        share = left / jnp.maximum(left + tied_relevant, 1)
+        return jnp.where(place < k - above, miss * share, miss)
+
+    miss = jax.lax.fori_loop(0, k, fill, jnp.ones(above.shape))
     return TiedRecall(
         pessimistic=_values((above + tied < k).astype(jnp.float32), relevant_count),
         expected=_values(1 - miss, relevant_count),
@@ -127,7 +198,17 @@ def tied_recall_at_k(
     )
 
 
-def _values(value: Float[Array, " q"], relevant_count: Int[Array, " q"]) -> Values:
+def is_tied(tied: Int[Array, " q"], relevant_count: Int[Array, " q"]) -> Values:
+    """Whether the best relevant item is level with an irrelevant one: 1 or 0.
+
+    Args:
+      tied: irrelevant items level with it, as from :func:`mmljax.retrieval.positive_ranks`.
+      relevant_count: R.
+    """
+    return _values((jnp.asarray(tied) > 0).astype(jnp.float32), relevant_count)
+
+
+def _values(value: Float[Array, "*terms q"], relevant_count: Int[Array, " q"]) -> Values:
     valid = jnp.asarray(relevant_count) > 0
     return Values(jnp.where(valid, value, 0), valid)
 

@@ -36,7 +36,7 @@ METRICS, RESULTS = "metrics.jsonl", "results.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _TENSORFLOW = ("tensorflow", "tensorflow-cpu")  # whichever is installed
 _RECALL = re.compile(r"recall@(\d+)")
-_SCORE_NAMES = {"r_precision": "R-precision", "map@r": "MAP@R"}
+_SCORE_NAMES = {"r_precision": "R-precision", "map@r": "MAP@R", "mrr": "MRR"}
 
 
 class Reporter:
@@ -210,9 +210,9 @@ def recall_table(scores: Mapping[str, Any], *, untrained: Mapping[str, Any] | No
     """Scores in percent as aligned plain text: a row per score, a column per network.
 
     Args:
-      scores: of the trained network, as shares: ``recall@<k>``, ``r_precision``, ``map@r``; with
-        ``chance`` (Recall@1 of a random order), ``queries``, ``gallery`` and ``lone_queries`` if
-        there. Other keys are left out.
+      scores: of the trained network, as shares: ``recall@<k>``, ``r_precision``, ``map@r``,
+        ``mrr``; with ``chance`` (Recall@1 of a random order), ``tie_rate``, ``queries``,
+        ``gallery`` and ``lone_queries`` if there. Other keys are left out.
       untrained: the same of the network before its first step.
     """
     keys = _score_keys(scores)
@@ -229,6 +229,11 @@ def recall_table(scores: Mapping[str, Any], *, untrained: Mapping[str, Any] | No
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
+    if scores.get("tie_rate"):
+        lines.append(
+            f"{100 * scores['tie_rate']:.1f} % of the queries have ties, at their worst here; "
+            f"Recall@1 of the mean order: {100 * scores.get('recall_expected@1', math.nan):.1f}"
+        )
     if {"queries", "gallery", "lone_queries"} <= scores.keys():
         lines.append(
             f"{scores['queries']:.0f} queries, {scores['gallery']:.0f} gallery images; "

@@ -18,9 +18,8 @@ query is kept from finding itself by its index, never by its similarity.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +27,24 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mmljax.errors import UserError
 from mmljax.numerics import similarity_matrix
+from mmljax.top_k import (
+    WIDTH,
+    Neighbors,
+    best_of,
+    check_search,
+    in_blocks,
+    in_chunks,
+    own_rows,
+    pad_rows,
+    round_up,
+    search_chunks,
+)
 
 QUERY_BLOCK = 512
 """Queries that meet the gallery at once."""
 
-_WIDTH = 128  # chunks are multiples of it, so that backends choose one kernel, and round alike
-_SMALLEST_GROUP = 8  # below it, finding the best groups costs more than it spares
-_CPU_ROWS = 32  # of a query block, per call of top-k
-
-_Result = TypeVar("_Result", bound=tuple)
-
-
-class Neighbors(NamedTuple):
-    """The gallery's rows most similar to each query, best first."""
-
-    similarity: Float[Array, "q k"]
-    indices: Int[Array, "q k"]
+_LAST = 2**31 - 1  # as a label, sorts padding behind all else
 
 
 class PositiveRanks(NamedTuple):
@@ -86,10 +85,11 @@ def nearest_neighbors(
     Raises:
       UserError: the gallery has fewer than ``k`` rows to find, or ``k`` or ``chunk`` is below 1.
     """
-    _check(queries, gallery, k, chunk, self_index)
-    chunks = _in_chunks(gallery, k=k, chunk=chunk)
-    search = functools.partial(_search, chunks=chunks, rows=gallery.shape[0], k=k)
-    return _in_blocks(search, (queries, _own(self_index, queries)), block=QUERY_BLOCK)
+    check_search(queries, gallery, k, chunk, self_index)
+    queries = queries.astype(jnp.float32)
+    chunks = in_chunks(gallery.astype(jnp.float32), k=k, chunk=chunk)
+    search = functools.partial(search_chunks, chunks=chunks, rows=gallery.shape[0], k=k)
+    return in_blocks(search, (queries, own_rows(self_index, queries)), block=QUERY_BLOCK)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "chunk", "mesh", "axis"))
@@ -110,26 +110,26 @@ def sharded_nearest_neighbors(
     replicated, and equals that of one device in every bit, ties included, on a backend that rounds
     an inner product alike in all blocks whose widths are multiples of 128 (XLA's CPU does).
     """
-    _check(queries, gallery, k, chunk, self_index)
+    check_search(queries, gallery, k, chunk, self_index)
     rows, devices = gallery.shape[0], mesh.shape[axis]
     part_rows = -(-rows // devices)
 
     def on_device(queries: Array, own: Array, part: Array) -> Neighbors:
         first = lax.axis_index(axis) * part_rows
         held = jnp.minimum(rows - first, part_rows)  # less, even below 0, on the last devices
-        chunks = _in_chunks(part, k=k, chunk=chunk)
+        chunks = in_chunks(part.astype(jnp.float32), k=k, chunk=chunk)
 
         def search(queries: Array, own: Array) -> Neighbors:
-            found = _search(queries, own - first, chunks=chunks, rows=held, k=k)
+            found = search_chunks(queries, own - first, chunks=chunks, rows=held, k=k)
             found = found._replace(indices=found.indices + first)
-            return _best_of(lax.all_gather(found, axis, axis=1, tiled=True), k)
+            return best_of(lax.all_gather(found, axis, axis=1, tiled=True), k=k)
 
-        return _in_blocks(search, (queries, own), block=QUERY_BLOCK)
+        return in_blocks(search, (queries.astype(jnp.float32), own), block=QUERY_BLOCK)
 
     split, whole = PartitionSpec(axis), PartitionSpec()
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole, check_vma=False
-    )(queries, _own(self_index, queries), _pad_rows(gallery, part_rows * devices))
+    )(queries, own_rows(self_index, queries), pad_rows(gallery, part_rows * devices))
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
@@ -161,125 +161,132 @@ def positive_ranks(
     Raises:
       UserError: the gallery has no row to find, or ``chunk`` is below 1.
     """
-    _check(queries, gallery, 1, chunk, self_index)
-    own = _own(self_index, queries)
-    # In the gallery ordered by label, the rows relevant to a query lie side by side.
-    order = jnp.argsort(gallery_labels)
-    start, end = (
-        jnp.searchsorted(gallery_labels[order], query_labels, side=side).astype(jnp.int32)
-        for side in ("left", "right")
-    )
-    most = jnp.max(end - start)
-    float_gallery = gallery.astype(jnp.float32)
+    check_search(queries, gallery, 1, chunk, self_index)
+    rank = _make_rank(gallery, gallery_labels, rows=gallery.shape[0])
+    arrays = queries, query_labels, own_rows(self_index, queries)
+    return in_blocks(rank, arrays, block=_rank_block(gallery.shape[0], chunk))
 
-    def rank(queries: Array, own: Array, start: Array, end: Array) -> PositiveRanks:
-        similarity = similarity_matrix(queries.astype(jnp.float32), float_gallery)
+
+@functools.partial(jax.jit, static_argnames=("chunk", "mesh", "axis"))
+def sharded_positive_ranks(
+    queries: Float[Array, "q d"],
+    gallery: Float[Array, "g d"],
+    query_labels: Int[Array, " q"],
+    gallery_labels: Int[Array, " g"],
+    *,
+    chunk: int,
+    mesh: Mesh,
+    axis: str = "data",
+    self_index: Int[Array, " q"] | None = None,
+) -> PositiveRanks:
+    """:func:`positive_ranks` with the gallery in contiguous parts over ``mesh``'s ``axis``.
+
+    The devices agree on the best relevant similarity (a maximum), then add up what each counts in
+    its part. The result is replicated, and equals that of one device under the same condition as
+    :func:`sharded_nearest_neighbors`.
+    """
+    check_search(queries, gallery, 1, chunk, self_index)
+    rows, devices = gallery.shape[0], mesh.shape[axis]
+    part_rows = -(-rows // devices)
+
+    def on_device(queries: Array, labels: Array, own: Array, *part: Array) -> PositiveRanks:
+        first = lax.axis_index(axis) * part_rows
+        held = jnp.clip(rows - first, 0, part_rows)
+        rank = _make_rank(
+            *part,
+            rows=held,
+            highest=lambda x: lax.pmax(x, axis),
+            total=lambda x: lax.psum(x, axis),
+        )
+        block = _rank_block(part_rows, chunk)
+        return in_blocks(rank, (queries, labels, own - first), block=block)
+
+    split, whole = PartitionSpec(axis), PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(whole, whole, whole, split, split),
+        out_specs=whole,
+        check_vma=False,
+    )(
+        queries,
+        query_labels,
+        own_rows(self_index, queries),
+        pad_rows(gallery, part_rows * devices),
+        pad_rows(gallery_labels, part_rows * devices),
+    )
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _make_rank(
+    gallery: Array,
+    labels: Array,
+    *,
+    rows: Array | int,
+    highest: Callable[[Array], Array] = _same,
+    total: Callable[[Array], Array] = _same,
+) -> Callable[[Array, Array, Array], PositiveRanks]:
+    """What ranks a block of queries (with labels and own rows) in the gallery's first ``rows``.
+
+    Args:
+      gallery: one part of a gallery, of which rows from ``rows`` on are padding.
+      labels: of its rows.
+      rows: that it holds.
+      highest: of the parts' values, the largest.
+      total: of the parts' counts, the sum.
+    """
+    width = round_up(gallery.shape[0], WIDTH)
+    gallery = pad_rows(gallery.astype(jnp.float32), width)
+    labels = pad_rows(labels, width)
+    # In the gallery ordered by label, the rows relevant to a query lie side by side.
+    labels = jnp.where(jnp.arange(width) < rows, labels.astype(jnp.int32), _LAST)
+    order = jnp.argsort(labels)
+    labels = labels[order]
+
+    def rank(queries: Array, query_labels: Array, own: Array) -> PositiveRanks:
+        similarity = similarity_matrix(queries.astype(jnp.float32), gallery)
         row = jnp.arange(queries.shape[0])
+        start, end = (
+            jnp.searchsorted(labels, query_labels, side=side).astype(jnp.int32)
+            for side in ("left", "right")
+        )
 
         def fold(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             best, level, relevant = carry
             column = order.at[start + step].get(mode="clip")
-            counts = (start + step < end) & (column != own)
+            counts = (start + step < end) & (column < rows) & (column != own)
             value = jnp.where(counts, similarity[row, column], -jnp.inf)
             level = jnp.where(value > best, 1, level + (counts & (value == best)))
             return jnp.maximum(value, best), level, relevant + counts
 
         none = jnp.zeros_like(start)
         lowest = jnp.full(start.shape, -jnp.inf, similarity.dtype)
-        best, tied_relevant, relevant = lax.fori_loop(0, most, fold, (lowest, none, none))
-        other = jnp.arange(gallery.shape[0]) != own[:, None]
-        above, level = _count_rows(
-            other & (similarity > best[:, None]), other & (similarity == best[:, None])
+        here, tied_relevant, relevant = lax.fori_loop(
+            0, jnp.max(end - start), fold, (lowest, none, none)
         )
-        return PositiveRanks(best, above, level - tied_relevant, tied_relevant, relevant)
+        best = highest(here)
+        tied_relevant = total(jnp.where(here == best, tied_relevant, 0))
+        above, level = _count_rows(similarity, best)
+        # That pass counts padding, whose similarity is 0, and the query itself too.
+        own = jnp.where((own >= 0) & (own < rows), own, width)
+        itself = similarity.at[row, own].get(mode="fill", fill_value=-jnp.inf)
+        above -= (itself > best) + jnp.where(best < 0, width - rows, 0)
+        level -= (itself == best) + jnp.where(best == 0, width - rows, 0)
+        return PositiveRanks(
+            best, total(above), total(level) - tied_relevant, tied_relevant, total(relevant)
+        )
 
-    block = min(QUERY_BLOCK, max(QUERY_BLOCK * chunk // gallery.shape[0], QUERY_BLOCK // 8))
-    return _in_blocks(rank, (queries, own, start, end), block=block)
-
-
-def _in_chunks(gallery: Array, *, k: int, chunk: int) -> Array:
-    """The gallery, padded, as ``[chunks width d]`` in float32, all chunks of about one size."""
-    count = -(-gallery.shape[0] // chunk)
-    width = _round_up(max(-(-gallery.shape[0] // count), k), _WIDTH)
-    return _pad_rows(gallery.astype(jnp.float32), count * width).reshape(count, width, -1)
-
-
-def _search(queries: Array, own: Array, *, chunks: Array, rows: Array | int, k: int) -> Neighbors:
-    """Neighbours of one block of queries among the first ``rows`` rows of the chunks.
-
-    Where there are fewer than ``k``, the list ends in similarities of -inf.
-    """
-    queries = queries.astype(jnp.float32)
-
-    def look(first: Array | int, part: Array) -> Neighbors:
-        similarity = similarity_matrix(queries, part)
-        found = _grouped_top_k(similarity, own - first, rows - first, k=k)
-        return found._replace(indices=found.indices + first)
-
-    def merge(best: Neighbors, item: tuple[Array, Array]) -> tuple[Neighbors, None]:
-        new = look(*item)
-        # What was found before has the lower indices, and goes first, as top-k prefers on ties.
-        both = Neighbors(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
-        return _best_of(both, k), None
-
-    firsts = jnp.arange(1, chunks.shape[0]) * chunks.shape[1]
-    return lax.scan(merge, look(0, chunks[0]), (firsts, chunks[1:]))[0]
+    return rank
 
 
-def _grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:
-    """Top-k of each row over the columns below ``rows`` other than ``own``.
-
-    Of groups of columns side by side, only those with the highest maxima are looked into. That is
-    exact: let x be one of the k best (by value, then by lower column), and k groups be preferred
-    to its own. Each has a maximum above x, or equal to x at a lower column, as of equal maxima
-    those of lower columns are preferred. So k columns come before x: a contradiction.
-
-    To hide columns before the maxima would slow the one pass over all similarities. They are hidden
-    afterwards, so two maxima may be hidden columns' (of the group of ``own``, and of the group that
-    ``rows`` cuts in two), and two groups more are chosen.
-    """
-    group = _group_size(similarity.shape[1], k)
-    if group == 1:
-        column = jnp.arange(similarity.shape[1])
-        hidden = (column >= rows) | (column == own[:, None])
-        return Neighbors(*_top_k(jnp.where(hidden, -jnp.inf, similarity), k))
-    grouped = similarity.reshape(similarity.shape[0], -1, group)
-    starts = jnp.arange(grouped.shape[1]) * group
-    # Not jnp.max, which XLA's CPU hands to a library that is slower on rows so short.
-    peak = lax.reduce(grouped, -jnp.inf, lambda a, b: jnp.where(a > b, a, b), (2,))
-    peak, chosen = _top_k(jnp.where(starts < rows, peak, -jnp.inf), k + 2)
-    chosen = jnp.sort(chosen, axis=1)
-    column = (chosen[:, :, None] * group + jnp.arange(group)).reshape(chosen.shape[0], -1)
-    value = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1, mode="promise_in_bounds")
-    value = value.reshape(column.shape)
-    # Nothing below the lowest chosen peak is among the best; hiding it makes the top-k cheaper.
-    hidden = (column >= rows) | (column == own[:, None]) | (value < peak[:, -1:])
-    return _best_of(Neighbors(jnp.where(hidden, -jnp.inf, value), column), k)
-
-
-def _best_of(found: Neighbors, k: int) -> Neighbors:
-    """The k best of lists side by side, those of lower gallery indices first."""
-    value, place = _top_k(found.similarity, k)
-    return Neighbors(
-        value, jnp.take_along_axis(found.indices, place, axis=1, mode="promise_in_bounds")
-    )
-
-
-def _top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """``lax.top_k``; on CPU by slices, as XLA gives each call one thread but runs several."""
-
-    def sliced(x: Array) -> tuple[Array, ...]:
-        parts = [lax.top_k(part, k) for part in jnp.split(x, max(1, x.shape[0] // _CPU_ROWS))]
-        return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
-
-    return lax.platform_dependent(x, cpu=sliced, default=lambda x: tuple(lax.top_k(x, k)))
-
-
-def _count_rows(a: Array, b: Array) -> tuple[Array, Array]:
-    """Counts of True per row of two masks, in one pass over what they are computed from."""
+def _count_rows(x: Array, at: Array) -> tuple[Array, Array]:
+    """Counts per row of what is above, and level with, a value; in one pass."""
     zero = jnp.int32(0)
     counts = lax.reduce(
-        (a.astype(jnp.int32), b.astype(jnp.int32)),
+        ((x > at[:, None]).astype(jnp.int32), (x == at[:, None]).astype(jnp.int32)),
         (zero, zero),
         lambda x, y: (x[0] + y[0], x[1] + y[1]),
         (1,),
@@ -287,51 +294,5 @@ def _count_rows(a: Array, b: Array) -> tuple[Array, Array]:
     return counts[0], counts[1]
 
 
-def _in_blocks(
-    function: Callable[..., _Result], arrays: tuple[Array, ...], *, block: int
-) -> _Result:
-    """``function`` over blocks of the arrays' rows, one after the other; the results joined."""
-    rows = arrays[0].shape[0]
-    blocks = -(-rows // block)
-    block = _round_up(-(-rows // blocks), _CPU_ROWS)
-    split = [_pad_rows(x, blocks * block).reshape(blocks, block, *x.shape[1:]) for x in arrays]
-    results = lax.map(lambda items: function(*items), tuple(split))
-    return jax.tree.map(lambda x: x.reshape(blocks * block, *x.shape[2:])[:rows], results)
-
-
-def _group_size(width: int, k: int) -> int:
-    """Columns per group: a power of two that makes about as many groups as candidates."""
-    group = min(2 ** round(math.log2(math.sqrt(width / k))), _WIDTH)
-    return group if group >= _SMALLEST_GROUP and width // group >= k + 2 else 1
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
-def _own(self_index: Array | None, queries: Array) -> Array:
-    """Each query's own gallery row, -1 for none."""
-    if self_index is None:
-        return jnp.full(queries.shape[0], -1, jnp.int32)
-    return self_index.astype(jnp.int32)
-
-
-def _pad_rows(x: Array, rows: int) -> Array:
-    return jnp.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
-
-
-def _check(queries: Array, gallery: Array, k: int, chunk: int, self_index: Array | None) -> None:
-    others = gallery.shape[0] - (self_index is not None)
-    if queries.shape[1] != gallery.shape[1]:
-        raise UserError(
-            f"queries and gallery differ in embedding size: {queries.shape[1]} and "
-            f"{gallery.shape[1]}; embed both with the same network"
-        )
-    if k < 1 or chunk < 1:
-        raise UserError(f"k and chunk must be at least 1, found k={k} and chunk={chunk}")
-    if k > others:
-        excluded = " besides each query itself" if self_index is not None else ""
-        raise UserError(
-            f"k={k} neighbours asked of a gallery of {others} rows{excluded}; lower k "
-            "(--config.evaluation.recall_at) or add to the gallery"
-        )
+def _rank_block(rows: int, chunk: int) -> int:
+    return min(QUERY_BLOCK, max(QUERY_BLOCK * chunk // rows, QUERY_BLOCK // 8))

@@ -14,15 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmljax import build, checkpoints, optim, report
+from mmljax import build, checkpoints, optim, protocol, report
 from mmljax.assemble import assemble
+from mmljax.clustering import check_available
 from mmljax.config import Config, differences, to_dict
 from mmljax.data.sources import count_small_classes
 from mmljax.errors import UserError
-from mmljax.evaluate import evaluate, make_embed
+from mmljax.evaluate import Retrieval, evaluate, make_embed
 from mmljax.mesh import is_main_process, make_mesh, sync
 from mmljax.plot import plot_contributions
-from mmljax.types import Batch, Dataset, TrainState
+from mmljax.types import Batch, Dataset, Split, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -52,23 +53,27 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
         channels=build.image_channels(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
+        pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else its weights go on
     )
     state, total = trainer.state, trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
     embed = make_embed(trainer.graphdef)
+    stamp = protocol.make_stamp(dataset, config)
+    if config.evaluation.clustering:
+        check_available()
 
-    def score(state: TrainState) -> dict[str, float]:
-        result = evaluate(
+    def score(state: TrainState) -> Retrieval:
+        return evaluate(
             partial(embed, state.params["network"], state.model_state),
             build.eval_batches(dataset.query, config, mesh),
             dataset.gallery and build.eval_batches(dataset.gallery, config, mesh),
             recall_at=config.evaluation.recall_at,
             chunk=config.evaluation.gallery_chunk,
             mesh=mesh,
+            geometry=config.evaluation.geometry,
+            clustering=config.evaluation.clustering,
         )
-        counts = {k: v for k, v in result._asdict().items() if k != "scores"}
-        return {**result.scores, **counts}
 
     _claim(workdir, config)
     with ExitStack() as stack:  # whatever ends the run, saves under way are finished
@@ -90,7 +95,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
         )
         stack.callback(reporter.close)
         if first == 0 and config.evaluation.untrained:
-            reporter.evaluation(0, score(state))
+            reporter.evaluation(0, score(state).summary())
 
         # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
         # of s, so that a run which goes on from it has them all.
@@ -106,14 +111,16 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
                 ledger.flush()
             scores = None
             if evaluates:
-                scores = score(state)
+                result = score(state)
+                scores = result.summary()
                 reporter.evaluation(step, scores)
+                _record(workdir, step, stamp, dataset.query, result)
                 ledger.restart_clock()
             if saves:
                 saved.save(state, step=step, metrics=scores)
 
     sync("finish")
-    return _finish(config, workdir, saved.directory, started=started)
+    return _finish(config, workdir, saved.directory, stamp=stamp, started=started)
 
 
 def _due(step: int, every: int) -> bool:
@@ -212,7 +219,18 @@ class _Ledger:
         self._waited, self._since = 0.0, time.perf_counter()
 
 
-def _finish(config: Config, workdir: Path, saved: Path, *, started: float) -> dict[str, Any]:
+def _record(
+    workdir: Path, step: int, stamp: dict[str, Any], query: Split, result: Retrieval
+) -> None:
+    """Keep what each query had in the last evaluation."""
+    if is_main_process():
+        records = protocol.Records(stamp, step, query.names, query.labels, result.per_query)
+        protocol.write_records(workdir, records)
+
+
+def _finish(
+    config: Config, workdir: Path, saved: Path, *, stamp: dict[str, Any], started: float
+) -> dict[str, Any]:
     """Write the results, draw the contributions, and say where everything is."""
     if not is_main_process():
         return {}
@@ -224,7 +242,7 @@ def _finish(config: Config, workdir: Path, saved: Path, *, started: float) -> di
         workdir,
         scores=scores,
         config=to_dict(config),
-        extra={"untrained": untrained, "seconds": time.time() - started},
+        extra={"protocol": stamp, "untrained": untrained, "seconds": time.time() - started},
     )
     paths = {"checkpoint": saved, "results": results}
     if config.log.plot and (plot := plot_contributions(rows, workdir / "contributions.png")):

@@ -14,19 +14,31 @@ from mmljax.mesh import make_mesh
 from mmljax.types import Batch
 
 
-def score(*arguments: Any, devices: int = 2, recall_at: Any = (1, 2)) -> Any:
-    return retrieval_scores(
-        *arguments, recall_at=recall_at, chunk=8, mesh=make_mesh(jax.devices()[:devices])
-    )
+def score(*arguments: Any, devices: int = 2, recall_at: Any = (1, 2), **options: Any) -> Any:
+    mesh = make_mesh(jax.devices()[:devices])
+    return retrieval_scores(*arguments, recall_at=recall_at, chunk=8, mesh=mesh, **options)
+
+
+PERFECT = ("recall@1", "recall@2", "r_precision", "map@r", "map@2", "mrr")  # 1 for the ideal
+TIES = {f"recall_{way}@{k}" for way in ("expected", "optimistic") for k in (1, 2)} | {"tie_rate"}
+SHAPE = {"embedding_density", "spectral_decay"}
 
 
 def test_ideal_embedding_has_every_score_one() -> None:
     labels = np.repeat(np.arange(5), 4).astype(np.int32)
-    result = score(np.eye(5, dtype=np.float32)[labels], labels, None, None)
-    assert set(result.scores) == {"recall@1", "recall@2", "r_precision", "map@r"}
-    assert all(value == 1 for value in result.scores.values())
+    vectors = np.eye(5, dtype=np.float32)[labels]
+    result = score(vectors, labels, None, None, geometry=True)
+    assert set(result.scores) == {*PERFECT} | TIES | SHAPE
+    assert all(result.scores[name] == 1 for name in {*PERFECT} | TIES - {"tie_rate"})
+    assert result.scores["tie_rate"] == 0
+    assert result.scores["embedding_density"] == 0  # classes are points
+    assert result.scores["spectral_decay"] == pytest.approx(0, abs=1e-6)
     assert result.lone_queries == 0
     assert result.chance == pytest.approx(3 / 19)
+    summary = result.summary()
+    assert summary["recall@1"] == 1
+    assert summary["queries"] == 20
+    assert "per_query" not in summary
 
 
 def test_adversarial_embedding_has_every_score_zero() -> None:
@@ -34,7 +46,68 @@ def test_adversarial_embedding_has_every_score_zero() -> None:
     labels = np.array([0, 1, 2], np.int32)
     queries = np.eye(3, dtype=np.float32)
     result = score(queries, labels, -queries, labels)
-    assert all(value == 0 for value in result.scores.values())
+    assert all(result.scores[name] == 0 for name in {*PERFECT} - {"mrr"} | TIES)
+    assert result.scores["mrr"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("by_class", [True, False])
+def test_collapsed_embedding_is_worth_nothing_in_any_order(devices: int, by_class: bool) -> None:
+    labels = np.repeat(np.arange(15), 4).astype(np.int32)
+    if not by_class:
+        labels = np.random.default_rng(0).permutation(labels)
+    x = np.random.default_rng(1).normal(size=24)
+    vectors = np.tile((x / np.linalg.norm(x)).astype(np.float32), (60, 1))
+    scores = score(vectors, labels, None, None, devices=devices, geometry=True).scores
+    chance = {1: 3 / 59, 2: 1 - 56 / 59 * 55 / 58}
+    for k in (1, 2):
+        assert scores[f"recall@{k}"] == 0
+        assert scores[f"recall_expected@{k}"] == pytest.approx(chance[k], abs=1e-6)
+        assert scores[f"recall_optimistic@{k}"] == 1
+    assert all(scores[name] == 0 for name in ("r_precision", "map@r", "map@2"))
+    assert scores["mrr"] == pytest.approx(1 / 57)
+    assert scores["tie_rate"] == 1
+    assert np.isnan(scores["embedding_density"])
+    assert scores["spectral_decay"] > 10
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_per_query_values_are_what_the_scores_are_means_of(devices: int) -> None:
+    random = np.random.default_rng(0)
+    labels = np.append(np.repeat(np.arange(12), 5), [90, 91]).astype(np.int32)  # two lone ones
+    vectors = random.normal(size=(12, 8))[labels % 12] + random.normal(size=(62, 8))
+    vectors = vectors.astype(np.float32)
+    result = score(vectors, labels, None, None, recall_at=(1, 4), devices=devices)
+    assert result.lone_queries == 2
+    similarity = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    np.fill_diagonal(similarity, -np.inf)
+    order = np.argsort(-similarity, axis=1)
+    hits = labels[order] == labels[:, None]
+    rank = 1 + np.argmax(hits[:60], axis=1)
+    expected = {
+        "recall@1": rank <= 1,
+        "recall@4": rank <= 4,
+        "mrr": 1 / rank,
+        "tie_rate": np.zeros(60),
+        "r_precision": hits[:60, :4].mean(axis=1),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(result.per_query[name][:60], values, rtol=1e-6, err_msg=name)
+    for name, values in result.per_query.items():
+        assert values.shape == (62,)
+        assert np.isnan(values[60:]).all()
+        assert np.mean(values[:60]) == pytest.approx(result.scores[name], abs=1e-6)
+    assert set(result.per_query) == set(result.scores)
+    assert 0.1 < result.scores["recall@1"] < result.scores["recall@4"] < 0.9
+
+
+def test_clustering_is_scored_only_if_asked_for() -> None:
+    pytest.importorskip("sklearn", reason="pip install mmljax[cluster]")
+    labels = np.repeat(np.arange(5), 4).astype(np.int32)
+    vectors = np.eye(5, dtype=np.float32)[labels]
+    asked = score(vectors[::2], labels[::2], vectors[1::2], labels[1::2], clustering=True).scores
+    assert (asked["nmi"], asked["ami"]) == (1, 1)
+    assert not {"nmi", "ami"} & set(score(vectors, labels, None, None).scores)
 
 
 def test_hand_computed_query_against_gallery() -> None:
@@ -46,6 +119,7 @@ def test_hand_computed_query_against_gallery() -> None:
     assert result.scores["recall@2"] == pytest.approx(1.0)
     assert result.scores["r_precision"] == pytest.approx((0.5 + 0.5) / 2)
     assert result.scores["map@r"] == pytest.approx((0.25 + 0.5) / 2)
+    assert result.scores["mrr"] == pytest.approx((0.5 + 1) / 2)
     assert (result.queries, result.gallery, result.lone_queries) == (3, 4, 1)
     assert result.chance == pytest.approx(0.5)
 

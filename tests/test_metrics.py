@@ -102,6 +102,49 @@ def test_relevance_compares_labels() -> None:
     assert got.tolist() == [[False, True], [False, True]]
 
 
+def test_cumulative_match_is_recall_at_every_place() -> None:
+    random = np.random.default_rng(0)
+    relevant = random.random((50, 9)) < 0.15
+    count = relevant.sum(axis=1) + random.integers(0, 2, 50)
+    assert np.any(count == 0)
+    curve = metrics.cumulative_match(relevant, count)
+    for k in range(1, 10):
+        expected = float(masked_mean(metrics.recall_at_k(relevant, count, k=k)))
+        assert float(curve[k - 1]) == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(metrics.cumulative_match(RELEVANT, COUNT), [1 / 3, *[2 / 3] * 4])
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_pessimistic_relevance_is_the_worst_order_or_a_bound_of_it(k: int) -> None:
+    random = np.random.default_rng(k)
+    cut = 0
+    for _ in range(200):
+        similarity = -np.sort(-random.integers(0, 4, 8).astype(np.float32))
+        relevant = random.random(8) < 0.4
+        worst = sorted(range(8), key=lambda i: (-similarity[i], relevant[i]))  # irrelevant first
+        expected = relevant[worst][:k]
+        got = metrics.pessimistic_relevance(
+            similarity[None, : k + 1], relevant[None, : k + 1], k=k
+        )[0]
+        whole = np.asarray(similarity[:k] > similarity[k])  # places of ties that end before k
+        np.testing.assert_array_equal(got[whole], expected[whole])
+        assert not np.any(got[~whole])
+        if whole.all():
+            np.testing.assert_array_equal(got, expected)
+        cut += not whole.all()
+        everything = metrics.pessimistic_relevance(similarity[None], relevant[None], k=8)[0]
+        np.testing.assert_array_equal(everything, relevant[worst])
+    assert 20 < cut < 180
+
+
+def test_pessimistic_reciprocal_rank_by_hand() -> None:
+    values = metrics.pessimistic_reciprocal_rank(
+        np.array([0, 0, 3, 5]), np.array([0, 1, 2, 0]), np.array([1, 4, 2, 0])
+    )
+    np.testing.assert_allclose(values.value, [1, 1 / 2, 1 / 6, 0])
+    assert values.valid.tolist() == [True, True, True, False]
+
+
 def hit_share(above: int, tied: int, tied_relevant: int, k: int) -> tuple[float, float, float]:
     """Worst, mean and best of a relevant item among the first k, over every order of the tied."""
     hits = []

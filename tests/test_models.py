@@ -17,19 +17,16 @@ from jax.sharding import PartitionSpec
 from mmljax.config import ModelConfig
 from mmljax.errors import UserError
 from mmljax.mesh import AXIS, make_mesh
-from mmljax.models.embedder import Embedder, Head, make_embedder, normalize_pixels
-from mmljax.models.resnet import (
-    BACKBONES,
-    BasicBlock,
-    Bottleneck,
-    ResNet,
-    Stem,
-    make_backbone,
-)
+from mmljax.models import resnet
+from mmljax.models.backbones import make_backbone
+from mmljax.models.embedder import PIXEL_NORMS, Embedder, Head, make_embedder, normalize_pixels
+from mmljax.models.resnet import RESNETS, BasicBlock, Bottleneck, ResNet, Stem
 
 CONFIG = ModelConfig(
     backbone="small",
     width=8,
+    pretrained="",
+    pixel_norm="imagenet",
     embedding_size=6,
     pooling="average+max",
     layer_norm="none",
@@ -53,7 +50,7 @@ def two_stage_embedder(*, frozen: bool = False, dtype: Any = jnp.float32) -> Emb
     kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs()}
     network = ResNet(BasicBlock, (1, 1), stem=Stem(3, 2, False), width=4, channels=3, **kind)
     head = Head(network.features, 6, pooling="average+max", layer_norm="none", rngs=rngs(1))
-    model = Embedder(network, head, frozen_batch_norm=frozen, dtype=dtype)
+    model = Embedder(network, head, frozen_batch_norm=frozen, pixel_norm="imagenet", dtype=dtype)
     perturb(model)
     wanted = jnp.promote_types(dtype, jnp.float32)
     nnx.update(model, jax.tree.map(lambda x: x.astype(wanted), nnx.state(model)))
@@ -326,7 +323,7 @@ def test_two_stages_equal_torch(block: Any) -> None:
 )
 def test_network_equals_torch(name: str, depths: tuple[int, ...]) -> None:
     check_against_torch(
-        BACKBONES[name], depths, bottleneck=name == "resnet50", width=64, size=(97, 80), batch=2
+        RESNETS[name], depths, bottleneck=name == "resnet50", width=64, size=(97, 80), batch=2
     )
 
 
@@ -339,7 +336,7 @@ def test_eight_devices_equal_one() -> None:
         model = two_stage_embedder(dtype=jnp.float64)
         start = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         first_batch_mean = model.backbone.conv1(
-            normalize_pixels(jnp.asarray(x), dtype=jnp.float64)
+            normalize_pixels(jnp.asarray(x), norm=PIXEL_NORMS["imagenet"], dtype=jnp.float64)
         ).mean((0, 1, 2))
         one = run(model, x, cotangent, devices=1)
         eight = run(model, x, cotangent, devices=8)
@@ -361,6 +358,37 @@ def test_frozen_batch_norm() -> None:
     # Training sees what evaluation sees, and needs no mesh.
     for train in (False, True):
         np.testing.assert_allclose(model(jnp.asarray(x), train=train), y, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-9)])
+def test_folding_leaves_values_and_gradients(
+    dtype: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen BatchNorm inside the convolution is BatchNorm after it, in every gradient too."""
+    x = np.random.default_rng(0).normal(size=(4, 12, 9, 3)).astype(dtype)
+    with jax.enable_x64(dtype is np.float64):
+        kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs()}
+        model = ResNet(Bottleneck, (1, 1), stem=Stem(3, 2, False), width=3, channels=3, **kind)
+        perturb(model)
+        nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def forward(params: Any, rest: Any, x: Any) -> Any:
+            return nnx.merge(graphdef, params, rest)(x, train=False)
+
+        def result(*arguments: Any) -> Any:
+            y, backward = jax.vjp(forward, *arguments)
+            gradient, _, at_images = backward(jnp.cos(y))
+            return y, nnx.to_pure_dict(gradient), at_images
+
+        found = {}
+        for fold in (True, False):
+            monkeypatch.setattr(resnet, "FOLD", fold)
+            found[fold] = jax.jit(lambda *arguments: result(*arguments))(params, rest, x)
+        assert_trees_close(found[True], found[False], tolerance=tolerance)
+        assert np.abs(found[False][1]["layer2"][0]["bn2"]["scale"]).max() > 1
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), *found.values())
+        assert not all(jax.tree.leaves(same))  # the two ways were really taken
 
 
 def test_evaluation_does_not_mix_images() -> None:
@@ -417,16 +445,18 @@ def test_head(pooling: str, layer_norm: str) -> None:
         np.testing.assert_allclose(found, x / np.linalg.norm(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", PIXEL_NORMS)
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_pixels(channels: int) -> None:
+def test_pixels(channels: int, norm: str) -> None:
     x = noise(2, 5, 4, channels)
-    mean = [0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels
-    deviation = [0.229, 0.224, 0.225] if channels == 3 else [0.5] * channels
+    imagenet = channels == 3 and norm == "imagenet"
+    mean = [0.485, 0.456, 0.406] if imagenet else [0.5] * channels
+    deviation = [0.229, 0.224, 0.225] if imagenet else [0.5] * channels
     expected = np.stack(
         [(x[..., c] / 255 - mean[c]) / deviation[c] for c in range(channels)], axis=-1
     )
     for images in (x, x.astype(np.float32)):
-        found = normalize_pixels(jnp.asarray(images), dtype=jnp.float32)
+        found = normalize_pixels(jnp.asarray(images), norm=PIXEL_NORMS[norm], dtype=jnp.float32)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -455,6 +485,7 @@ def test_seed_decides_the_parameters() -> None:
         ("pooling", "averag", "average"),
         ("layer_norm", "befor", "before"),
         ("batch_norm", "froze", "frozen"),
+        ("pixel_norm", "halve", "half"),
         ("compute_dtype", "bfloat", "bfloat16"),
     ],
 )

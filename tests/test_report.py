@@ -333,6 +333,18 @@ def test_recall_table_with_all_columns():
     ]
 
 
+def test_recall_table_tells_of_ties_where_there_are_any():
+    ties = {"mrr": 0.5, "tie_rate": 0.25, "recall_expected@1": 0.125, "recall_optimistic@1": 1.0}
+    assert report.recall_table({"recall@1": 0.0, **ties}).splitlines() == [
+        "%         trained",
+        "Recall@1      0.0",
+        "MRR          50.0",
+        "25.0 % of the queries have ties, at their worst here; Recall@1 of the mean order: 12.5",
+    ]
+    none = report.recall_table({"recall@1": 0.0, **ties, "tie_rate": 0.0})
+    assert "ties" not in none
+
+
 def test_recall_table_of_scores_alone():
     assert report.recall_table({"recall@1": 1.0}).splitlines() == [
         "%         trained",

@@ -3,66 +3,15 @@
 from __future__ import annotations
 
 import doctest
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from mmljax import metrics, retrieval
 from mmljax.errors import UserError
 from mmljax.numerics import l2_normalize, masked_mean
-
-
-class Case(NamedTuple):
-    queries: int
-    gallery: int
-    size: int
-    k: int
-    chunk: int
-    self_retrieval: bool
-
-
-SEARCHES = {
-    "several_chunks": Case(37, 1000, 6, 5, 256, False),
-    "one_grouped_chunk": Case(33, 2085, 3, 3, 4096, True),
-    "grouped_chunks_and_query_blocks": Case(523, 2501, 4, 2, 1300, True),
-    "all_neighbours": Case(131, 131, 3, 130, 1000, True),
-    "fewer_rows_than_devices": Case(9, 5, 2, 5, 1, False),
-}
-DATA = ("few_values", "fewest_values", "negative", "collapsed")
-
-
-def make(case: Case, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Small integers, whose float32 products are exact and tie often."""
-    random = np.random.default_rng(seed)
-    span = {"few_values": 3, "fewest_values": 1, "negative": 3, "collapsed": 1}[kind]
-    gallery = random.integers(-span, span + 1, (case.gallery, case.size))
-    queries = random.integers(-span, span + 1, (case.queries, case.size))
-    if kind == "collapsed":
-        gallery[:], queries[:] = 1, 1
-    own = random.permutation(case.gallery)[: case.queries] if case.self_retrieval else None
-    if own is not None:
-        queries = gallery[own]
-    if kind == "negative":  # so that padding, which has similarity 0, would come first
-        queries, gallery = abs(queries) + 1, -abs(gallery) - 1
-    return queries.astype(np.float32), gallery.astype(np.float32), own
-
-
-def stable_argsort(
-    queries: np.ndarray, gallery: np.ndarray, own: np.ndarray | None, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
-    if own is not None:
-        similarity[np.arange(len(queries)), own] = -np.inf
-    index = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(similarity, index, axis=1), index
-
-
-def mesh_of(devices: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:devices]), ("data",))
+from searches import DATA, SEARCHES, Case, make, mesh_of, stable_argsort
 
 
 def test_doctest() -> None:
@@ -175,9 +124,16 @@ def test_positive_ranks_equal_the_loop(name: str) -> None:
         if own is not None:
             gallery_labels[own[:2]] = 100, 101
             query_labels = gallery_labels[own]
-        ranks = retrieval.positive_ranks(
-            queries, gallery, query_labels, gallery_labels, chunk=case.chunk, self_index=own
-        )
+        arrays = queries, gallery, query_labels, gallery_labels
+        ranks = retrieval.positive_ranks(*arrays, chunk=case.chunk, self_index=own)
+        counted = np.asarray(ranks.relevant) > 0
+        for devices in (1, 2, 8):
+            sharded = retrieval.sharded_positive_ranks(
+                *arrays, chunk=case.chunk, self_index=own, mesh=mesh_of(devices)
+            )
+            np.testing.assert_array_equal(sharded.relevant, ranks.relevant)
+            for field, of_one in zip(sharded, ranks, strict=True):
+                np.testing.assert_array_equal(field[counted], of_one[counted], f"{kind} {devices}")
         similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
         for i in range(case.queries):
             others = [j for j in range(case.gallery) if own is None or j != own[i]]

@@ -13,7 +13,7 @@ from mmljax import build, train
 from mmljax.checkpoints import Checkpoints
 from mmljax.config import Config, from_mapping
 from mmljax.errors import UserError
-from mmljax.models.resnet import BACKBONES
+from mmljax.models.backbones import BACKBONES
 from test_config import load
 
 pytestmark = pytest.mark.filterwarnings(

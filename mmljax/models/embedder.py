@@ -11,11 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from mmljax.config import ModelConfig, choose
-from mmljax.models.resnet import ResNet, make_backbone
+from mmljax.errors import UserError
+from mmljax.models.backbones import Backbone, make_backbone
 from mmljax.numerics import l2_normalize
-
-_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], red, green and blue
-_DEVIATION = (0.229, 0.224, 0.225)
 
 
 def _average(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
@@ -30,10 +28,23 @@ def _average_and_maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
     return _average(x) + _maximum(x)
 
 
-POOLINGS: Mapping[str, Callable[[Array], Array]] = {
-    "average": _average,
-    "max": _maximum,
-    "average+max": _average_and_maximum,
+def _token(x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
+    return x[:, 0]
+
+
+def _average_of_patches(x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
+    return jnp.mean(x[:, 1:], axis=1)
+
+
+POOLINGS: Mapping[str, Mapping[str, Callable[[Array], Array]]] = {
+    "map": {"average": _average, "max": _maximum, "average+max": _average_and_maximum},
+    "tokens": {"token": _token, "average": _average_of_patches},
+}
+"""By what the backbone gives. timm averages the patches before the last layer norm, this after."""
+
+PIXEL_NORMS = {  # mean and deviation of pixels in [0, 1], red, green and blue
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 LAYER_NORMS = {name: name for name in ("none", "before", "after")}
 BATCH_NORMS = {"global": False, "frozen": True}
@@ -43,18 +54,26 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": j
 class Head(nnx.Module):
     """Pooling, projection and unit length, with a layer norm without parameters if asked.
 
-    Computes in float32 whatever the feature map's dtype (in float64 for a float64 map).
+    Computes in float32 whatever the features' dtype (in float64 for float64). ``output`` is the
+    backbone's.
     """
 
     def __init__(
-        self, features: int, size: int, *, pooling: str, layer_norm: str, rngs: nnx.Rngs
+        self,
+        features: int,
+        size: int,
+        *,
+        pooling: str,
+        layer_norm: str,
+        rngs: nnx.Rngs,
+        output: str = "map",
     ) -> None:
-        self.pool = choose(POOLINGS, pooling, key="config.model.pooling")
+        self.pool = choose(POOLINGS[output], pooling, key="config.model.pooling")
         self.layer_norm = choose(LAYER_NORMS, layer_norm, key="config.model.layer_norm")
         self.projection = nnx.Linear(features, size, precision="highest", rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w f"]) -> Float[Array, "b d"]:
-        """Unit vectors of a feature map."""
+    def __call__(self, x: Float[Array, "b *n f"]) -> Float[Array, "b d"]:
+        """Unit vectors of a feature map or of tokens."""
         x = self.pool(x.astype(_at_least_float32(x.dtype)))
         if self.layer_norm == "before":
             x = jax.nn.standardize(x)
@@ -68,11 +87,18 @@ class Embedder(nnx.Module):
     """``backbone`` and ``head``: optimiser groups are told by these names."""
 
     def __init__(
-        self, backbone: ResNet, head: Head, *, frozen_batch_norm: bool, dtype: DTypeLike
+        self,
+        backbone: Backbone,
+        head: Head,
+        *,
+        frozen_batch_norm: bool,
+        pixel_norm: str,
+        dtype: DTypeLike,
     ) -> None:
         self.backbone = backbone
         self.head = head
         self.frozen_batch_norm = frozen_batch_norm
+        self.pixel_norm = choose(PIXEL_NORMS, pixel_norm, key="config.model.pixel_norm")
         self.dtype = dtype
 
     def __call__(
@@ -85,7 +111,8 @@ class Embedder(nnx.Module):
           train: whether BatchNorm uses the global batch's statistics and moves its running ones,
             which needs a ``shard_map`` over the mesh axis ``data``; of no effect if it is frozen.
         """
-        x = normalize_pixels(images, dtype=_at_least_float32(self.dtype))
+        dtype = _at_least_float32(self.dtype)
+        x = normalize_pixels(images, norm=self.pixel_norm, dtype=dtype)
         return self.head(self.backbone(x, train=train and not self.frozen_batch_norm))
 
 
@@ -101,34 +128,56 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
       rngs: for the parameters.
 
     Raises:
-      UserError: on an unknown backbone, pooling, layer norm, batch norm or compute dtype.
+      UserError: on an unknown backbone, pooling, layer norm, batch norm, pixel norm or compute
+        dtype, or a pooling that does not fit the backbone.
     """
     dtype = choose(COMPUTE_DTYPES, config.compute_dtype, key="config.model.compute_dtype")
     frozen = choose(BATCH_NORMS, config.batch_norm, key="config.model.batch_norm")
     backbone = make_backbone(
         config.backbone, width=config.width, channels=channels, dtype=dtype, rngs=rngs
     )
+    fitting = POOLINGS[backbone.output]
+    known = {name for names in POOLINGS.values() for name in names}
+    if config.pooling in known - fitting.keys():
+        raise UserError(
+            f"--config.model.pooling={config.pooling!r} does not fit --config.model.backbone="
+            f"{config.backbone!r}; use one of: {', '.join(fitting)}"
+        )
     head = Head(
         backbone.features,
         config.embedding_size,
         pooling=config.pooling,
         layer_norm=config.layer_norm,
         rngs=rngs,
+        output=backbone.output,
     )
-    model = Embedder(backbone, head, frozen_batch_norm=frozen, dtype=dtype)
+    model = Embedder(
+        backbone,
+        head,
+        frozen_batch_norm=frozen,
+        pixel_norm=config.pixel_norm,
+        dtype=dtype,
+    )
     kind = _at_least_float32(dtype)
     nnx.update(model, jax.tree.map(lambda x: x.astype(kind), nnx.state(model)))
     return model
 
 
 def normalize_pixels(
-    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"], *, dtype: DTypeLike
+    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+    *,
+    norm: tuple[tuple[float, ...], tuple[float, ...]],
+    dtype: DTypeLike,
 ) -> Float[Array, "b h w c"]:
     """Pixels from 0 to 255, standardised.
 
-    Three channels by ImageNet's mean and deviation; any other number to the range from -1 to 1.
+    Args:
+      images: the pixels.
+      norm: mean and deviation of three channels in [0, 1], a value of ``PIXEL_NORMS``; any other
+        number of channels goes to the range from -1 to 1.
+      dtype: of the result.
     """
-    mean, deviation = (_MEAN, _DEVIATION) if images.shape[-1] == 3 else (0.5, 0.5)
+    mean, deviation = norm if images.shape[-1] == 3 else (0.5, 0.5)
     return (images.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(deviation, dtype)
 
 

@@ -10,12 +10,18 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mmljax.config import choose
 from mmljax.mesh import AXIS
+
+FOLD = True
+"""Whether BatchNorm by running statistics becomes part of the convolution before it.
+
+Looked at when a network is traced. ``benchmarks/train_step.py`` clears it to time the other form.
+"""
 
 
 class Stem(NamedTuple):
@@ -43,9 +49,8 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w i"], *, train: bool) -> Float[Array, "b h2 w2 o"]:
         """Residual sum; ``h2 = ceil(h / stride)``."""
-        running = not train
-        y = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
-        y = self.bn2(self.conv2(y), use_running_average=running)
+        y = nnx.relu(_convolve(self.conv1, self.bn1, x, train=train))
+        y = _convolve(self.conv2, self.bn2, y, train=train)
         return nnx.relu(y + _skip(self.downsample, x, train=train))
 
 
@@ -73,10 +78,9 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w i"], *, train: bool) -> Float[Array, "b h2 w2 o"]:
         """Residual sum; ``h2 = ceil(h / stride)``."""
-        running = not train
-        y = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
-        y = nnx.relu(self.bn2(self.conv2(y), use_running_average=running))
-        y = self.bn3(self.conv3(y), use_running_average=running)
+        y = nnx.relu(_convolve(self.conv1, self.bn1, x, train=train))
+        y = nnx.relu(_convolve(self.conv2, self.bn2, y, train=train))
+        y = _convolve(self.conv3, self.bn3, y, train=train)
         return nnx.relu(y + _skip(self.downsample, x, train=train))
 
 
@@ -88,6 +92,8 @@ class ResNet(nnx.Module):
     ``data``, and so must be traced inside a ``shard_map`` over that axis. Its running variance is
     that of the biased estimate (torch's is of the unbiased one).
     """
+
+    output = "map"
 
     def __init__(
         self,
@@ -118,21 +124,27 @@ class ResNet(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool
     ) -> Float[Array, "b h2 w2 features"]:
-        """Feature map; ``train`` uses, and folds into the running ones, the batch's statistics."""
-        x = nnx.relu(self.bn1(self.conv1(x), use_running_average=not train))
+        """Feature map; ``train`` uses the batch's statistics and moves the running ones."""
+        return self.maps(x, train=train)[-1]
+
+    def maps(self, x: Float[Array, "b h w channels"], *, train: bool) -> list[Array]:
+        """The feature map after the stem and after each stage."""
+        x = nnx.relu(_convolve(self.conv1, self.bn1, x, train=train))
         if self.max_pool:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        found = [x]
         for name in self.stages:
             for block in getattr(self, name):
                 x = block(x, train=train)
-        return x
+            found.append(x)
+        return found
 
 
 _IMAGENET = Stem(kernel=7, stride=2, max_pool=True)
 _FINE = Stem(kernel=3, stride=2, max_pool=False)
 _COARSE = Stem(kernel=7, stride=4, max_pool=False)
 
-BACKBONES: Mapping[str, Callable[..., ResNet]] = {
+RESNETS: Mapping[str, Callable[..., ResNet]] = {
     "small": functools.partial(ResNet, BasicBlock, (1, 1, 1), stem=_FINE),
     "small_stride4": functools.partial(ResNet, BasicBlock, (1, 1, 1), stem=_COARSE),
     "resnet18": functools.partial(ResNet, BasicBlock, (2, 2, 2, 2), stem=_IMAGENET),
@@ -145,25 +157,6 @@ BACKBONES: Mapping[str, Callable[..., ResNet]] = {
 ``small`` is for images of 17 to 40 pixels, ``small_stride4`` for 33 and more: the last map of a
 small network is to stay above 2 x 2, where a 3 x 3 convolution is ten times slower on a CPU.
 """
-
-
-def make_backbone(
-    name: str, *, width: int, channels: int, dtype: DTypeLike, rngs: nnx.Rngs
-) -> ResNet:
-    """Build a backbone by its name, with He et al.'s initialisation (1502.01852, fan-out).
-
-    Args:
-      name: a key of ``BACKBONES``.
-      width: channels of the stem and of the first stage's 3 x 3 convolutions.
-      channels: of the images.
-      dtype: of the computation; parameters and BatchNorm's statistics are float32.
-      rngs: for the parameters; no random state stays in the network.
-
-    Raises:
-      UserError: on an unknown name.
-    """
-    build = choose(BACKBONES, name, key="config.model.backbone")
-    return build(width=width, channels=channels, dtype=dtype, rngs=rngs)
 
 
 def _layers(
@@ -219,4 +212,24 @@ def _skip(shortcut: nnx.List[Any], x: Array, *, train: bool) -> Array:
     if not shortcut:
         return x
     convolution, norm = shortcut
-    return norm(convolution(x), use_running_average=not train)
+    return _convolve(convolution, norm, x, train=train)
+
+
+def _convolve(convolution: Any, norm: Any, x: Array, *, train: bool) -> Array:
+    """Convolution and BatchNorm, in training by the batch's statistics, else by the running ones.
+
+    With running statistics BatchNorm is one factor and one summand per channel. The factor goes
+    into the kernel, as a function of kernel and scale, so the gradients are those of the two
+    layers; the one of the scale is then a sum over the kernel instead of over all pixels.
+    """
+    if train or not FOLD:
+        return norm(convolution(x), use_running_average=not train)
+    factor = norm.scale[...] * jax.lax.rsqrt(norm.var[...] + norm.epsilon)
+    y = jax.lax.conv_general_dilated(
+        x.astype(convolution.dtype),
+        (convolution.kernel[...] * factor).astype(convolution.dtype),
+        window_strides=(convolution.strides,) * 2,
+        padding=((convolution.padding,) * 2,) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return (y + (norm.bias[...] - norm.mean[...] * factor)).astype(convolution.dtype)
