@@ -222,12 +222,13 @@ def test_help_is_the_comment_that_a_script_opens_with(script):
     assert "--dry-run" in shown
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck")
 @pytest.mark.parametrize("script", [*SCRIPTS, "command.sh"])
 def test_shellcheck(script):
-    done = subprocess.run(
-        ["shellcheck", "-x", str(LAUNCH / script)], capture_output=True, text=True
-    )
+    done = subprocess.run([SHELLCHECK, "-x", str(LAUNCH / script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

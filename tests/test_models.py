@@ -309,6 +309,7 @@ def channels_last(x: Any) -> np.ndarray:
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_two_stages_equal_torch(block: Any) -> None:
     build = functools.partial(ResNet, block, (1, 2), stem=Stem(7, 2, True))

@@ -66,6 +66,7 @@ def test_a_missing_file_and_a_hub_name_without_commit_are_errors() -> None:
         locate("hf:owner/name@main")
 
 
+@pytest.mark.slow
 def test_arrays_saved_by_torch_come_back(tmp_path) -> None:
     torch = pytest.importorskip("torch", reason="writes the file")
     generator = torch.Generator().manual_seed(0)

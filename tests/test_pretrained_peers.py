@@ -91,11 +91,6 @@ def assert_near(found: Any, expected: Any) -> None:
     """To 1e-4 of the largest value."""
     assert found.shape == expected.shape
     largest = np.abs(expected).max()
-    import os
-
-    os.environ.get("SHOWREL") and print(
-        "REL", np.abs(found - expected).max() / max(1, largest), largest
-    )
     assert 0.1 < largest < 1e6
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, largest))
 

@@ -113,6 +113,7 @@ def test_tokens_equal_a_slow_network() -> None:
         np.testing.assert_allclose(y[1], slow_vit(model, x[1]), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (7, 24), (4, 4), (2, 3)])
 def test_positions_are_resampled_as_by_timm(rows: int, columns: int) -> None:
     torch = pytest.importorskip("torch", reason="the peer of the resampling")
