@@ -63,13 +63,13 @@ def our_side(inputs: Any) -> Callable[[], Any]:
 
 
 def products(inputs: Any) -> Callable[[], Any]:
-    """The three matrix products of Proxy-Anchor alone, which both sides need: a bound."""
+    """The matrix products of both losses and their gradients alone, which both sides need."""
     embeddings, _, proxies = (jnp.asarray(x) for x in inputs)
 
     @jax.jit
     def run(x: Any, p: Any) -> Any:
-        similarity = similarity_matrix(p, x)
-        return similarity @ x, similarity.T @ p
+        pair, proxy = similarity_matrix(x, x), similarity_matrix(p, x)
+        return pair @ x, pair.T @ x, proxy @ x, proxy.T @ p
 
     return lambda: jax.block_until_ready(run(embeddings, proxies))
 

@@ -7,6 +7,7 @@ finding itself by its index.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -38,18 +39,30 @@ class Neighbors(NamedTuple):
     indices: Int[Array, "q k"]
 
 
-def in_chunks(gallery: Array, *, k: int, chunk: int) -> Array:
-    """The gallery, padded, as ``[chunks width d]``, all chunks of about one size."""
-    count = -(-gallery.shape[0] // chunk)
-    width = round_up(max(-(-gallery.shape[0] // count), k), WIDTH)
-    return pad_rows(gallery, count * width).reshape(count, width, -1)
+class Chunks(NamedTuple):
+    """A gallery to be searched part by part, without a copy of it."""
+
+    gallery: Float[Array, "g d"]
+    width: int  # rows of a part
+    whole: int  # parts of that width
+    tail: Float[Array, "t d"] | None  # the rows after them, padded
+
+
+def in_chunks(gallery: Array, *, k: int, chunk: int) -> Chunks:
+    """Parts of about one size, at most ``chunk`` rows if these are enough for ``k`` neighbours."""
+    rows = gallery.shape[0]
+    width = round_up(max(-(-rows // -(-rows // chunk)), k), WIDTH)
+    whole = rows // width
+    left = rows - whole * width
+    tail = pad_rows(gallery[whole * width :], round_up(max(left, k), WIDTH)) if left else None
+    return Chunks(gallery, width, whole, tail)
 
 
 def search_chunks(
     queries: Array,
     own: Array,
     *,
-    chunks: Array,
+    chunks: Chunks,
     rows: Array | int,
     k: int,
     score: Callable[[Array, Array], Array] = similarity_matrix,
@@ -58,15 +71,22 @@ def search_chunks(
 
     Where there are fewer than ``k``, the list ends in similarities of -inf.
     """
+    search = functools.partial(search_chunk, queries, own, rows=rows, k=k, score=score)
 
-    def step(best: Neighbors, item: tuple[Array, Array]) -> tuple[Neighbors, None]:
-        first, part = item
-        new = search_chunk(queries, own, part, first=first, rows=rows, k=k, score=score)
-        return merge(best, new, k=k), None
+    def step(best: Neighbors, first: Array) -> tuple[Neighbors, None]:
+        part = lax.dynamic_slice_in_dim(chunks.gallery, first, chunks.width)
+        return merge(best, search(part, first=first), k=k), None
 
-    start = search_chunk(queries, own, chunks[0], first=0, rows=rows, k=k, score=score)
-    firsts = jnp.arange(1, chunks.shape[0]) * chunks.shape[1]
-    return lax.scan(step, start, (firsts, chunks[1:]))[0]
+    if not chunks.whole and chunks.tail is not None:
+        return search(chunks.tail, first=0)
+    start = Neighbors(
+        jnp.full((queries.shape[0], k), -jnp.inf, jnp.float32),
+        jnp.zeros((queries.shape[0], k), jnp.int32),
+    )
+    best, _ = lax.scan(step, start, jnp.arange(chunks.whole) * chunks.width)
+    if chunks.tail is None:
+        return best
+    return merge(best, search(chunks.tail, first=chunks.whole * chunks.width), k=k)
 
 
 def search_chunk(
