@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_similarities_are_float32_also_of_bfloat16_embeddings() -> None:
     expected, _ = stable_argsort(np.asarray(x[:4], np.float32), np.asarray(x, np.float32), None, 3)
     assert found.similarity.dtype == jnp.float32
     np.testing.assert_allclose(found.similarity, expected, rtol=1e-6)
+
+
+def test_work_does_not_grow_with_the_gallery() -> None:
+    def work(rows: int) -> int:
+        shapes = (
+            jax.ShapeDtypeStruct((64, 32), np.float32),
+            jax.ShapeDtypeStruct((rows, 32), np.float32),
+        )
+        program = retrieval.nearest_neighbors.lower(*shapes, k=5, chunk=1024).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    small, large = work(5_100), work(51_000)  # of whole parts and a rest
+    assert large <= 1.02 * small
+    assert large < 51_000 * 32 * 4
 
 
 @pytest.mark.parametrize("own", [None, np.arange(3)])
