@@ -42,7 +42,7 @@ def proxy_anchor_loss(
     term 1, ``log(1 + sum_N e^(a (s + m)))``, valid for every proxy. The loss is the sum of the
     two means. Relation: proxy to sample.
 
-    Source: Kim et al. 2020, arXiv 2003.11313, eq. 4.
+    Source: Kim et al. 2020, arXiv 2003.13911, eq. 4.
 
     Args:
       similarity: proxies by samples.
