@@ -25,6 +25,7 @@ from benchmarks import machine
 from benchmarks.train_step import CLASSES, make_batch, make_config
 from mmljax import build, optim, train_step
 from mmljax.assemble import assemble
+from mmljax.columns import own_proxies, own_samples
 from mmljax.config import RunSize
 from mmljax.mesh import AXIS, make_mesh, place
 from mmljax.numerics import l2_normalize
@@ -40,14 +41,12 @@ def plain_step(config: Any, graphdef: Any, mesh: Any, optimizer: Any) -> Any:
         model = nnx.merge(graphdef, params["network"], model_state, copy=True)
         embeddings = model(batch.images, train=True)
         points = {
-            "samples": train_step._samples(embeddings, batch.labels),
-            "proxies": train_step._proxies(
+            "samples": own_samples(embeddings, batch.labels),
+            "proxies": own_proxies(
                 l2_normalize(params["proxies"]), classes=CLASSES, centers=config.centers
             ),
         }
-        step = jnp.zeros((), jnp.int32)
-        samples = points["samples"]
-        context = train_step._context(samples, points, objectives, key, step, centers=1)
+        context = train_step._context(points, batch.labels, objectives, key, centers=1)
         total = jnp.zeros(())
         for weight, objective in zip(weights, objectives, strict=True):
             rows, columns = (points[kind] for kind in RELATIONS[objective.relation])

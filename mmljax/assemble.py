@@ -52,6 +52,14 @@ def assemble(
       UserError: on a config that cannot be used.
     """
     objectives = build.make_objectives(config)
+    proxies = classes * config.centers
+    for objective in objectives:
+        if objective.sampled_proxies > proxies:
+            raise UserError(
+                f"--config.objectives.{objective.name}.sampled_proxies="
+                f"{objective.sampled_proxies} is more than there are proxies, {proxies}: "
+                "set it lower, or to 0 for all of them"
+            )
     combination = build.make_combination(config)
     size = RunSize(config.data.batch_size, train_examples)
     total = steps(config.duration, size, key="config.duration")

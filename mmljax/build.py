@@ -101,7 +101,12 @@ def _objective(name: str, row: ObjectiveConfig, config: Config) -> Objective:
     if miner is not None:
         extra = {"dimension": config.model.embedding_size} if _takes(miner, "dimension") else {}
         miner = partial(miner, margin=row.mining.margin, blend=row.mining.blend, **extra)
-    return Objective(name, relation, bound, miner, row.memory)
+    if row.sampled_proxies and relation != "proxy_to_proxy":
+        raise UserError(
+            f"--{key}.sampled_proxies={row.sampled_proxies} is for losses between proxies, and "
+            f"{row.loss} is none: set it to 0"
+        )
+    return Objective(name, relation, bound, miner, row.memory, row.sampled_proxies)
 
 
 def make_combination(config: Config) -> Combination:

@@ -46,21 +46,9 @@ class Kept(NamedTuple):
 
 
 def nearest_class_proxies(
-    vectors: Float[Array, "n d"],
-    labels: Array,
-    proxies: Float[Array, "p d"],
-    *,
-    centers: int,
+    vectors: Float[Array, "n d"], own: Float[Array, "n k d"]
 ) -> Float[Array, "n d"]:
-    """Of each sample, the proxy of its class that is most similar to it.
-
-    Args:
-      vectors: samples.
-      labels: their classes.
-      proxies: all proxies; those of class ``c`` are rows ``c * centers`` and following.
-      centers: proxies per class.
-    """
-    own = proxies[labels[:, None] * centers + jnp.arange(centers)[None, :]]
+    """Of each sample, the proxy that is most similar to it among the ``k`` of its class."""
     similarity = jnp.einsum("nd,nkd->nk", vectors, own, precision="highest")
     best = jnp.argmax(similarity, axis=1)
     return jnp.take_along_axis(own, best[:, None, None], axis=1)[:, 0]

@@ -19,11 +19,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from mmljax.columns import (
+    append_memory,
+    class_proxies,
+    draw_proxies,
+    fetch_proxies,
+    gather,
+    own_proxies,
+    own_samples,
+    return_gradient,
+)
 from mmljax.combination import pcgrad_coefficients
 from mmljax.ledger import Scalars, contributions
 from mmljax.mesh import AXIS
@@ -172,25 +183,35 @@ def _gradients(
     proxies, proxies_pullback = jax.vjp(l2_normalize, params["proxies"])
 
     rows = {
-        SAMPLES: _samples(embeddings, batch.labels),
-        PROXIES: _proxies(proxies, classes=classes, centers=centers),
+        SAMPLES: own_samples(embeddings, batch.labels),
+        PROXIES: own_proxies(proxies, classes=classes, centers=centers),
     }
-    columns = {kind: _gather(points) for kind, points in rows.items()}
+    columns = {SAMPLES: gather(rows[SAMPLES])}
+    if any(RELATIONS[o.relation][1] == PROXIES and not o.sampled_proxies for o in objectives):
+        columns[PROXIES] = gather(rows[PROXIES])
     with_memory = columns[SAMPLES]
     if memory:
-        with_memory = _append(with_memory, _gather(memory), active=step >= memory_start)
-    context = _context(rows[SAMPLES], columns, objectives, key, step, centers=centers)
+        with_memory = append_memory(with_memory, gather(memory), active=step >= memory_start)
+    step_key = jax.random.fold_in(key, step)
+    context = _context(rows, columns[SAMPLES].labels, objectives, step_key, centers=centers)
 
     losses, kept = [], []
-    at: dict[str, list[Array]] = {
-        SAMPLES: [],
-        PROXIES: [],
-    }  # kind: gradient of each objective at this device's points
-    for objective in objectives:
+    # By kind, the number of each objective that reaches it: its gradient at this device's points.
+    at: dict[str, dict[int, Array]] = {SAMPLES: {}, PROXIES: {}}
+    for k, objective in enumerate(objectives):
         row_kind, column_kind = RELATIONS[objective.relation]
-        row, column = rows[row_kind], columns[column_kind]
-        if objective.memory:
-            column = with_memory
+        row = rows[row_kind]
+        drawn = None
+        if objective.sampled_proxies:
+            drawn = draw_proxies(
+                jax.random.fold_in(step_key, k),
+                count=objective.sampled_proxies,
+                of=classes * centers,
+            )
+            vectors = jax.lax.pcast(fetch_proxies(proxies, drawn), AXIS, to="varying")
+            column = Points(vectors, drawn // centers, drawn, jnp.full_like(drawn, True, bool))
+        else:
+            column = with_memory if objective.memory else columns[column_kind]
         objective_context = context
         if objective.miner is not None and row_kind == PROXIES:
             objective_context = _with_selection(objective, rows[SAMPLES], column, context)
@@ -216,18 +237,19 @@ def _gradients(
         losses.append(jax.lax.psum(jnp.sum(total * scale), AXIS))
         kept.append(jax.tree.map(lambda x: jax.lax.psum(x, AXIS), pairs))
         row_gradient, column_gradient = pullback(jax.lax.pcast(scale, AXIS, to="varying"))
-        column_gradient = column_gradient[: columns[column_kind].labels.shape[0]]  # not memory's
-        gradient = {kind: jnp.zeros_like(points.vectors) for kind, points in rows.items()}
-        gradient[row_kind] += row_gradient
-        gradient[column_kind] += jax.lax.psum_scatter(column_gradient, AXIS, tiled=True)
-        for kind in at:
-            at[kind].append(_tangent(gradient[kind], rows[kind].vectors))
+        if drawn is not None:
+            home = return_gradient(column_gradient, drawn, proxies)
+        else:
+            column_gradient = column_gradient[: columns[column_kind].labels.shape[0]]  # no memory
+            home = jax.lax.psum_scatter(column_gradient, AXIS, tiled=True)
+        gradient = {row_kind: row_gradient}
+        gradient[column_kind] = gradient[column_kind] + home if column_kind in gradient else home
+        for kind, value in gradient.items():
+            at[kind][k] = _tangent(value, rows[kind].vectors)
 
     loss = jnp.stack(losses)
-    stacked = {kind: jnp.stack(gradients) for kind, gradients in at.items()}
-    gram = jax.lax.psum(_products(stacked[SAMPLES]), AXIS)
-    proxy_squares = jax.lax.psum(jnp.sum(stacked[PROXIES] ** 2, axis=(1, 2)), AXIS)
-    norms = jnp.sqrt(jnp.stack([jnp.diag(gram), proxy_squares]))
+    gram = _gram(at[SAMPLES], objectives=len(objectives))
+    norms = jnp.sqrt(jnp.stack([jnp.diag(gram), _squares(at[PROXIES], objectives=len(objectives))]))
     weights, weights_gradient, combination_state = combination.apply(
         params["weights"], combination_state, loss, norms
     )
@@ -236,61 +258,30 @@ def _gradients(
         outer = weights[:, None] * weights[None, :]
         factors = pcgrad_coefficients(gram * outer) * weights
 
-    (network_gradient,) = network_pullback(_weighted_sum(factors, stacked[SAMPLES]))
-    (proxies_gradient,) = proxies_pullback(_weighted_sum(weights, stacked[PROXIES]))
+    (network_gradient,) = network_pullback(_weighted_sum(factors, at[SAMPLES], embeddings))
+    (proxies_gradient,) = proxies_pullback(_weighted_sum(weights, at[PROXIES], proxies))
     grads = {"network": network_gradient, "proxies": proxies_gradient, "weights": weights_gradient}
     scalars = contributions(objectives, loss, weights, norms, gram, kept)
     return grads, model_state, combination_state, embeddings, scalars
 
 
-def _samples(embeddings: Array, labels: Array) -> Points:
-    count = labels.shape[0]
-    positions = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
-    return Points(embeddings, labels, positions, jnp.full_like(labels, True, dtype=bool))
-
-
-def _proxies(vectors: Array, *, classes: int, centers: int) -> Points:
-    count = vectors.shape[0]
-    positions = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
-    labels = positions // centers
-    return Points(vectors, labels, positions, labels < classes)
-
-
-def _gather(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
-
-
-def _append(columns: Points, memory: dict[str, Array], *, active: Array) -> Points:
-    further = Points(
-        vectors=memory["vectors"],
-        labels=memory["labels"],
-        positions=jnp.full_like(memory["labels"], -1),
-        valid=(memory["labels"] >= 0) & active,
-    )
-    return Points(*(jnp.concatenate(pair) for pair in zip(columns, further, strict=True)))
-
-
 def _context(
-    samples: Points,
-    columns: dict[str, Points],
+    rows: dict[str, Points],
+    labels: Array,
     objectives: Sequence[Objective],
-    key: Array,
-    step: Array,
+    step_key: Array,
     *,
     centers: int,
 ) -> Context:
     """Partners and keys of the anchors; zeros in place of what no miner asks for."""
+    samples = rows[SAMPLES]
     vectors = jnp.zeros_like(samples.vectors)
     if any(objective.miner is not None for objective in objectives):
-        vectors = nearest_class_proxies(
-            samples.vectors, samples.labels, columns[PROXIES].vectors, centers=centers
-        )
-    step_key = jax.random.fold_in(key, step)
+        own = class_proxies(rows[PROXIES].vectors, samples.labels, centers=centers)
+        vectors = nearest_class_proxies(samples.vectors, own)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, samples.positions)
     nothing = jnp.zeros((0, 0), bool)
-    return Context(
-        jax.lax.stop_gradient(vectors), keys, PairMasks(nothing, nothing), columns[SAMPLES].labels
-    )
+    return Context(jax.lax.stop_gradient(vectors), keys, PairMasks(nothing, nothing), labels)
 
 
 def _with_selection(
@@ -300,16 +291,30 @@ def _with_selection(
     similarity = jnp.matmul(samples.vectors, columns.vectors.T, precision="highest")
     anchors = objective._replace(relation="sample_to_sample")
     _, mined = mined_masks(anchors, similarity, samples, columns, context)
-    return context._replace(kept=_gather(mined))
+    return context._replace(kept=gather(mined))
 
 
 def _tangent(gradient: Array, vectors: Array) -> Array:
     return gradient - jnp.sum(gradient * vectors, axis=-1, keepdims=True) * vectors
 
 
-def _products(gradients: Float[Array, "o b d"]) -> Float[Array, "o o"]:
-    return jnp.einsum("ibd,jbd->ij", gradients, gradients, precision="highest")
+def _gram(gradients: dict[int, Array], *, objectives: int) -> Float[Array, "o o"]:
+    """Inner products over all devices; 0 of an objective that does not reach the points."""
+    gram = jnp.zeros((objectives, objectives))
+    if not gradients:
+        return gram
+    stacked = jnp.stack(list(gradients.values()))
+    products = jnp.einsum("ibd,jbd->ij", stacked, stacked, precision="highest")
+    here = np.ix_(list(gradients), list(gradients))
+    return gram.astype(products.dtype).at[here].set(jax.lax.psum(products, AXIS))
 
 
-def _weighted_sum(weights: Float[Array, " o"], gradients: Float[Array, "o n d"]) -> Array:
-    return jnp.einsum("o,ond->nd", weights, gradients, precision="highest")
+def _squares(gradients: dict[int, Array], *, objectives: int) -> Float[Array, " o"]:
+    """Squared norms over all devices."""
+    squares = [jnp.sum(gradients[k] ** 2) if k in gradients else None for k in range(objectives)]
+    totals = [jnp.zeros(()) if x is None else jax.lax.psum(x, AXIS) for x in squares]
+    return jnp.stack(totals)
+
+
+def _weighted_sum(weights: Array, gradients: dict[int, Array], like: Array) -> Array:
+    return sum((weights[k] * x for k, x in gradients.items()), jnp.zeros_like(like))

@@ -114,6 +114,7 @@ class Objective(NamedTuple):
     loss: Any  # (similarity, masks) -> Values
     miner: Any  # (views, masks) -> PairMasks, or None to keep every pair
     memory: bool  # whether the cross-batch memory joins its columns
+    sampled_proxies: int = 0  # how many proxies are drawn as its columns at a step; 0: all are
 
 
 class Combination(NamedTuple):

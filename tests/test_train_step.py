@@ -38,7 +38,7 @@ def whole_loss(params: Any, model_state: Any, graphdef: Any, batch: Any, weights
     proxies = Points(p, jnp.arange(len(p)), jnp.arange(len(p)), real)
     rows = tiny.objectives()
     masks = mining.pair_masks(samples, samples, same_kind=True)
-    partners = nearest_class_proxies(x, batch.labels, p, centers=1)
+    partners = nearest_class_proxies(x, p[batch.labels][:, None])
     views = Views(x @ x.T, partners @ x.T, jnp.sum(partners * x, 1), None)
     kept = mining.either_miner(views, masks, margin=0.1, blend=0.5)
     own = (jnp.arange(len(p))[:, None] == batch.labels[None]) & real[:, None]
@@ -111,6 +111,43 @@ def test_twenty_steps_on_any_number_of_devices(devices: int) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(finals[0][0]), strict=True):
             assert not np.allclose(a, b)  # it really trained, the contribution weights too
+
+
+def sampled(count: int) -> list[Any]:
+    *others, separation = tiny.objectives()
+    return [*others, separation._replace(sampled_proxies=count)]
+
+
+def test_all_proxies_drawn_is_all_proxies() -> None:
+    with jax.enable_x64(True):
+        results = []
+        for rows in (sampled(0), sampled(tiny.CLASSES)):
+            step, state, place, _ = tiny.make(
+                4, dtype=jnp.float64, rows=rows, optimizer=optax.sgd(1.0)
+            )
+            results.append(gradients_of(step, state, place(tiny.batch(0))))
+    (every, scalars), (drawn, scalars_drawn) = results
+    assert scalars["loss/separation"] > 0
+    for name, value in scalars.items():
+        np.testing.assert_allclose(scalars_drawn[name], value, rtol=1e-9, err_msg=name)
+    for a, b in zip(jax.tree.leaves(every), jax.tree.leaves(drawn), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-9 * np.linalg.norm(a)
+
+
+def test_drawn_proxies_are_the_same_on_any_number_of_devices() -> None:
+    with jax.enable_x64(True):
+        finals, losses = [], []
+        for devices in (1, 8):
+            step, state, place, _ = tiny.make(
+                devices, dtype=jnp.float64, rows=sampled(4), optimizer=optax.sgd(0.1)
+            )
+            for index in range(3):
+                state, scalars = step(state, place(tiny.batch(index)))
+                losses.append(float(scalars["loss/separation"]))
+            finals.append(jax.device_get(state.params))
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-9)
+    for a, b in zip(jax.tree.leaves(finals[0]), jax.tree.leaves(finals[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_row_blocks_change_nothing() -> None:
