@@ -16,6 +16,9 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "in_shop",
                 "directory": "",
+                "check_counts": True,
+                "test_share": 0.5,
+                "corrupt": "error",
                 "image_size": 224,
                 "resize_size": 256,
                 "crop_scale": (0.16, 1.0),
@@ -113,7 +116,7 @@ def get_config() -> ConfigDict:
                 "clustering": False,
             },
             "checkpoint": {"every": "1 epochs", "keep_last": 2, "keep_best": 1},
-            "log": {"every": 50, "tensorboard": True, "plot": True},
+            "log": {"every": 50, "input_wait_warning": 0.2, "tensorboard": True, "plot": True},
         }
     )
 
@@ -128,5 +131,6 @@ def objective(
             "params": {},
             "mining": {"rule": rule, "margin": margin, "blend": 0.5},
             "memory": memory,
+            "sampled_proxies": 0,
         }
     )

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmljax import combination, mining
 from mmljax.config import Config, ObjectiveConfig, choose, nearest
 from mmljax.errors import UserError
-from mmljax.mesh import AXIS, place, process_rows
+from mmljax.mesh import AXIS, place, process_rows, spread
 from mmljax.models.embedder import make_embedder
 from mmljax.models.pretrained import load_pretrained
 from mmljax.objectives import pair, proxy, ranking, separation
@@ -177,7 +177,7 @@ def load_dataset(config: Config) -> Dataset:
     Raises:
       UserError: on an unknown source or data that cannot be used.
     """
-    from mmljax.data import sources
+    from mmljax.data import folders, sources
 
     def synthetic(directory: str) -> Dataset:
         from mmljax.data.synthetic import write_synthetic
@@ -185,13 +185,23 @@ def load_dataset(config: Config) -> Dataset:
         write_synthetic(directory, config.data.synthetic)
         return sources.read_in_shop(directory)
 
+    def tfds(name: str) -> Callable[[str], Dataset]:
+        from mmljax.data.tfds_sources import read_tfds
+
+        return partial(read_tfds, name, check_counts=config.data.check_counts)
+
     table: dict[str, Callable[[str], Dataset]] = {
         "synthetic": synthetic,
         "in_shop": sources.read_in_shop,
-        "tfds_in_shop": partial(sources.read_tfds, "in_shop"),
-        "tfds_cub": partial(sources.read_tfds, "caltech_birds2011"),
-        "tfds_cars": partial(sources.read_tfds, "cars196"),
-        "tfds_sop": partial(sources.read_tfds, "stanford_online_products"),
+        "in_shop_high": partial(sources.read_in_shop, images="img_highres"),
+        "folder": partial(folders.read_folder, test_share=config.data.test_share),
+        "csv": folders.read_csv,
+        "tfds_in_shop": tfds("in_shop/low"),
+        "tfds_in_shop_high": tfds("in_shop/high"),
+        "tfds_in_shop_cropped": tfds("in_shop/cropped"),
+        "tfds_cub": tfds("caltech_birds2011"),
+        "tfds_cars": tfds("cars196"),
+        "tfds_sop": tfds("stanford_online_products"),
         "arrays": sources.read_arrays,
     }
     return choose(table, config.data.source, key="config.data.source")(config.data.directory)
@@ -296,7 +306,7 @@ def make_state(
         memory=memory,
         key=jax.random.fold_in(key, 1),
     )
-    return graphdef, jax.device_put(state, state_shardings(state, mesh))
+    return graphdef, spread(state, state_shardings(state, mesh))
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> Any:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from mmljax.errors import UserError
+from mmljax.mesh import agree, is_main_process
 from mmljax.types import TrainState
 
 BEST_BY = "recall@1"
+_ITEM = "default"  # the folder in which orbax keeps the arrays
+TORN = "torn"  # folder of checkpoints that could not be read
+
+_log = logging.getLogger(__name__)
+
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError)  # orbax, tensorstore
 
 
 class Checkpoints:
@@ -20,10 +34,22 @@ class Checkpoints:
     A checkpoint holds the train state: parameters, optimiser state, BatchNorm statistics,
     contribution weights, cross-batch memory, random key and the step, which is also the position
     in the data. It is written aside and renamed when whole, so a run killed while saving goes on
-    from the one before.
+    from the one before. One that cannot be read all the same (a disk that lies) is reported and
+    moved into ``torn`` beside the others, and the one before it is taken.
+
+    Raises:
+      UserError: if there are checkpoints and none can be read.
     """
 
     def __init__(self, directory: Path, *, keep_last: int, keep_best: int) -> None:
+        problem: UserError | None = None
+        if is_main_process():
+            try:
+                _set_aside_torn(directory)
+            except UserError as error:
+                problem = error
+        if not agree(problem is None):
+            raise problem or UserError("the first process found no whole checkpoint")
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
@@ -45,20 +71,28 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, *, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Start saving; the state may be donated or changed as soon as this returns."""
-        self._manager.save(
-            step,
-            args=ocp.args.StandardSave(_without_empty(state)),
-            metrics=None if metrics is None else {BEST_BY: float(metrics[BEST_BY])},
-            force=True,
-        )
+        """Start saving; the state may be donated or changed as soon as this returns.
+
+        Raises:
+          UserError: if this or the save before could not be written.
+        """
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(_without_empty(state)),
+                metrics=None if metrics is None else {BEST_BY: float(metrics[BEST_BY])},
+                force=True,
+            )
 
     def restore(self, target: TrainState) -> TrainState | None:
-        """The latest whole checkpoint, laid out as ``target``; None where there is none.
+        """The latest checkpoint, laid out as ``target``; None where there is none.
 
         Args:
           target: arrays or ShapeDtypeStructs with the shardings that are wanted, on any number of
             devices.
+
+        Raises:
+          UserError: if it is of another state.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -66,11 +100,34 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
         )
-        restored = self._manager.restore(
-            step, args=ocp.args.StandardRestore(_without_empty(abstract))
-        )
+        flat = _without_empty(abstract)
+        shapes = PartialCheckpoint(self.directory, step=step).shapes()
+        wrong = [
+            f"{name} {shapes.get(name, 'absent')} in place of {leaf.shape}"
+            for name, leaf in flat.items()
+            if name not in shapes
+            or (shapes[name] != leaf.shape and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+        ] + [f"{name} not wanted" for name in shapes.keys() - flat.keys()]
+        if wrong:
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is of another network or data set "
+                f"({'; '.join(wrong[:3])}); choose another --workdir"
+            )
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(flat))
         leaves = [restored[key] for key in _keys(target)]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # orbax, tensorstore
+            whole = steps_in(self.directory)
+            last = f"the last whole one is of step {whole[-1]}" if whole else "there is none yet"
+            raise UserError(
+                f"a checkpoint could not be written into {self.directory} ({_one_line(error)}); "
+                f"{last}: make room, then run the same command again"
+            ) from error
 
     @property
     def directory(self) -> Path:
@@ -82,18 +139,130 @@ class Checkpoints:
         return self._manager.best_step()
 
     def close(self) -> None:
-        """Wait for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for saves under way.
+
+        Raises:
+          UserError: if one could not be written.
+        """
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
 
 def is_in(directory: Path) -> bool:
     """Whether a folder, which may be missing, holds a whole checkpoint."""
-    if not directory.is_dir():
-        return False
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-        return manager.latest_step() is not None
+    return bool(steps_in(directory))
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, which may be missing, in rising order."""
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
+class PartialCheckpoint:
+    """One checkpoint, read array by array by this process alone; nothing is written.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+
+    def __init__(self, directory: Path, *, step: int) -> None:
+        self._path = directory.absolute() / str(step)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all arrays by name, such as ``params.proxies``; no array is read."""
+        with self._reading() as reader:
+            return {name: tuple(leaf.shape) for name, leaf in self._leaves(reader).items()}
+
+    def restore(self, target: Any) -> Any:
+        """Some of the arrays, laid out as ``target``; no other one is read.
+
+        Args:
+          target: a part of a train state with the same names, of ShapeDtypeStructs with the
+            shardings that are wanted.
+        """
+        kinds = ocp.checkpoint_utils.construct_restore_args(_without_empty(target))
+        with self._reading() as reader:
+            restored = self._read(reader, kinds)
+        leaves = [restored[key] for key in _keys(target)]
+        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+    def check(self) -> None:
+        """Read every array, one after the other: if one fails, no other read is under way."""
+        with self._reading() as reader:
+            for name in self._leaves(reader):
+                self._read(reader, {name: ocp.RestoreArgs(restore_type=np.ndarray)})
+
+    def _leaves(self, reader: Any) -> dict[str, Any]:
+        found = reader.metadata(self._path / _ITEM).item_metadata
+        if found is None:  # orbax has only logged why
+            raise ValueError("its list of arrays is absent or damaged")
+        return dict(found.tree)
+
+    def _read(self, reader: Any, kinds: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
+        arguments = ocp.args.PyTreeRestore(item=kinds, restore_args=kinds, partial_restore=True)
+        return reader.restore(self._path / _ITEM, args=arguments)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Any]:
+        alone = ocp.options.MultiprocessingOptions()
+        if jax.process_count() > 1:
+            process = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=process,
+                active_processes={process},
+                barrier_sync_key_prefix=f"reader{process}",
+            )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        try:
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+                yield reader
+        except _UNREADABLE as error:
+            raise UserError(
+                f"checkpoint {self._path} cannot be read ({_one_line(error)}); name another --step "
+                "of this run"
+            ) from error
+
+
+def _set_aside_torn(directory: Path) -> None:
+    """Move what cannot be read into ``torn``, until a whole one is found."""
+    problems = []
+    whole = False
+    for step in reversed(steps_in(directory)):
+        problem = _problem_of(directory, step, arrays=not whole)
+        if not problem:
+            whole = True
+            continue
+        problems.append(f"step {step}: {problem}")
+        _log.warning("checkpoint of step %d is torn and passed over (%s)", step, problem)
+        (directory / TORN).mkdir(exist_ok=True)
+        (directory / str(step)).rename(directory / TORN / f"{step}-{time.time_ns()}")
+    if problems and not whole:
+        raise UserError(
+            f"no checkpoint of {directory} can be read ({'; '.join(problems)}); they are in "
+            f"{directory / TORN}: bring them back from a copy, or start anew with another --workdir"
+        )
+
+
+def _problem_of(directory: Path, step: int, *, arrays: bool) -> str:
+    """Why a checkpoint cannot be read; empty if it can."""
+    try:
+        scores = directory / str(step) / "metrics/metrics"
+        if scores.exists():
+            json.loads(scores.read_text(encoding="utf-8"))
+        if arrays:
+            PartialCheckpoint(directory, step=step).check()
+    except UserError as error:
+        return _one_line(error.__cause__ or error)
+    except (OSError, ValueError) as error:
+        return f"its scores: {_one_line(error)}"
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _keys(state: Any) -> list[str]:

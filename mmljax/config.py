@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -17,6 +18,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mmljax.errors import UserError
+from mmljax.ranges import (
+    Count,
+    Decay,
+    Natural,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Range,
+    Share,
+)
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%)\s*")
 
@@ -25,11 +36,11 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%)\s*")
 class SyntheticConfig:
     """Size of the generated garment set; used when ``data.source`` is ``synthetic``."""
 
-    train_items: int
-    test_items: int
-    views: int  # images per item
-    image_size: int  # pixels
-    seed: int
+    train_items: Count
+    test_items: Count
+    views: Count  # images per item
+    image_size: Count  # pixels
+    seed: Natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +49,21 @@ class DataConfig:
 
     source: str  # a key of build.SOURCES
     directory: str  # of the images; "" where the source needs none
-    image_size: int  # side of a training or evaluation crop, pixels
-    resize_size: int  # short side before the evaluation crop, pixels
-    crop_scale: tuple[float, float]  # share of the area that a training crop covers
-    crop_ratio: tuple[float, float]  # width over height of a training crop
+    check_counts: bool  # of TFDS's benchmarks: whether other numbers of images are an error
+    test_share: Share  # of the classes of a folder without train/, held out for the test
+    corrupt: str  # training images that cannot be decoded: error, or skip (and warn)
+    image_size: Count  # side of a training or evaluation crop, pixels
+    resize_size: Count  # short side before the evaluation crop, pixels
+    crop_scale: tuple[PositiveShare, PositiveShare]  # share of the area that a training crop covers
+    crop_ratio: tuple[Positive, Positive]  # width over height of a training crop
     flip: bool
-    rotate: float  # degrees, uniform within +-; array sources only
-    shear: float  # uniform within +-; array sources only
-    batch_size: int  # global, training
-    images_per_class: int  # K of P x K
-    eval_batch_size: int  # global
-    threads: int  # of decoding; 0: one per core
-    prefetch: int  # batches made ahead on the host
+    rotate: NotNegative  # degrees, uniform within +-; array sources only
+    shear: NotNegative  # uniform within +-; array sources only
+    batch_size: Count  # global, training
+    images_per_class: Count  # K of P x K
+    eval_batch_size: Count  # global
+    threads: Natural  # of decoding; 0: one per core
+    prefetch: Natural  # batches made ahead on the host
     synthetic: SyntheticConfig
 
 
@@ -58,10 +72,10 @@ class ModelConfig:
     """Backbone and embedding head."""
 
     backbone: str  # a key of models.backbones.BACKBONES
-    width: int  # channels of a ResNet's first stage, of a ViT's attention heads; published: 64
+    width: Count  # channels of a ResNet's first stage, of a ViT's attention heads; published: 64
     pretrained: str  # a file of weights, or hf:OWNER/NAME@COMMIT; "" to start from random ones
     pixel_norm: str  # imagenet (mean, deviation) or half (0.5, 0.5), as the weights were trained
-    embedding_size: int
+    embedding_size: Count
     pooling: str  # of a ResNet: average, max, average+max; of a ViT: token, average
     layer_norm: str  # none, before (the projection), after
     batch_norm: str  # global (over the whole batch) or frozen (running statistics)
@@ -74,7 +88,7 @@ class MiningConfig:
 
     rule: str  # a key of build.MINERS
     margin: float
-    blend: float  # weight of the sample view under rule blend
+    blend: Share  # weight of the sample view under rule blend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +99,16 @@ class ObjectiveConfig:
     params: Mapping[str, float | int | str]  # in place of those of ``losses``
     mining: MiningConfig
     memory: bool  # whether the cross-batch memory joins its references
+    sampled_proxies: (
+        Natural  # of a loss between proxies: columns drawn at a step; 0 for all proxies
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
     """Cross-batch memory: a ring buffer of past embeddings as further references."""
 
-    size: int  # embeddings; 0 for none
+    size: Natural  # embeddings; 0 for none
     start: str  # duration before its references count
 
 
@@ -100,11 +117,11 @@ class CombinationConfig:
     """How contribution weights come about: a row of ``build.COMBINATIONS``."""
 
     name: str
-    weights: Mapping[str, float]  # of each objective: fixed, or where learning starts
-    embedding_shares: Mapping[str, float]  # targets at the embeddings (share)
-    proxy_shares: Mapping[str, float]  # targets at the proxies (share)
-    cap: float  # largest weight (uncertainty)
-    alpha: float  # exponent of the training rates (gradnorm)
+    weights: Mapping[str, NotNegative]  # of each objective: fixed, or where learning starts
+    embedding_shares: Mapping[str, Share]  # targets at the embeddings (share)
+    proxy_shares: Mapping[str, Share]  # targets at the proxies (share)
+    cap: Positive  # largest weight (uncertainty)
+    alpha: NotNegative  # exponent of the training rates (gradnorm)
     surgery: str  # none or pcgrad, at the embeddings
 
 
@@ -112,8 +129,8 @@ class CombinationConfig:
 class GroupConfig:
     """One optimiser group."""
 
-    learning_rate: float
-    weight_decay: float
+    learning_rate: NotNegative
+    weight_decay: NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +138,19 @@ class OptimizerConfig:
     """Optax optimiser, its groups, schedule and clipping."""
 
     name: str  # adamw, sgd
-    b1: float  # of adamw; the momentum of sgd
-    b2: float
-    epsilon: float
+    b1: Decay  # of adamw; the momentum of sgd
+    b2: Decay
+    epsilon: Positive
     backbone: GroupConfig
     head: GroupConfig
     proxies: GroupConfig
     weights: GroupConfig  # contribution weights
     schedule: str  # constant, cosine, step
     step_every: str  # duration, of schedule step
-    step_factor: float
+    step_factor: Positive
     warmup: str  # duration of a linear rise of every rate
     freeze_backbone: str  # duration in which head and proxies train alone
-    clip_norm: float  # largest norm of each group's gradient; 0 for no clipping
+    clip_norm: NotNegative  # largest norm of each group's gradient; 0 for no clipping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +158,8 @@ class EvaluationConfig:
     """When and what to evaluate."""
 
     every: str  # duration; the last step is always evaluated
-    recall_at: tuple[int, ...]
-    gallery_chunk: int  # rows of the gallery per matrix product
+    recall_at: tuple[Count, ...]
+    gallery_chunk: Count  # rows of the gallery per matrix product
     untrained: bool  # also score the network before the first step
     geometry: bool  # also measure the embeddings' density and spectral decay
     clustering: bool  # also cluster them, for NMI and AMI: needs scikit-learn, and takes long
@@ -153,15 +170,16 @@ class CheckpointConfig:
     """What is kept on disk."""
 
     every: str  # duration
-    keep_last: int
-    keep_best: int  # by R@1 at evaluations
+    keep_last: Count
+    keep_best: Natural  # by R@1 at evaluations
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """What is written beside the ledger's rows."""
 
-    every: int  # steps between fetches of the ledger from the device
+    every: Natural  # steps between fetches of the ledger from the device
+    input_wait_warning: NotNegative  # share of the time without input above which a warning says so
     tensorboard: bool
     plot: bool
 
@@ -176,8 +194,8 @@ class Config:
     model: ModelConfig
     objectives: Mapping[str, ObjectiveConfig]
     losses: Mapping[str, Mapping[str, float | int | str]]  # hyperparameters of each loss
-    centers: int  # proxies per class
-    row_block: int  # rows of similarities held at once; 0 for all
+    centers: Count  # proxies per class
+    row_block: Natural  # rows of similarities held at once; 0 for all
     memory: MemoryConfig
     combination: CombinationConfig
     optimizer: OptimizerConfig
@@ -275,7 +293,7 @@ def choose(table: Mapping[str, Any], name: str, *, key: str) -> Any:
 def _fill(cls: type, mapping: Any, path: str) -> Any:
     if not hasattr(mapping, "items"):
         raise UserError(f"--{path} must be a group of keys, found {mapping!r}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     given = dict(mapping.items())
     for name in given:
         if name not in hints:
@@ -288,6 +306,11 @@ def _fill(cls: type, mapping: Any, path: str) -> Any:
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        number, allowed = _coerce(arguments[0], value, path), arguments[1]
+        if isinstance(allowed, Range) and not allowed.holds(number):
+            raise UserError(f"--{path} must be {allowed}, found {value!r}")
+        return number
     if dataclasses.is_dataclass(kind):
         return _fill(typing.cast(type, kind), value, path)
     if origin in (typing.Union, types.UnionType):
@@ -308,9 +331,11 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
             raise UserError(f"--{path} must hold {len(arguments)} values, found {value!r}")
         return tuple(_coerce(a, v, path) for a, v in zip(arguments, value, strict=True))
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not kind:
         raise UserError(f"--{path} must be of type {kind.__name__}, found {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"--{path} must be finite, found {value!r}")
     return value
 
 

@@ -3,3 +3,9 @@
 
 class UserError(ValueError):
     """What is wrong, where (file or flag), what was found, and the cure, in one line."""
+
+
+class Preempted(Exception):
+    """The run was asked to make room, has saved itself, and goes on by the same command."""
+
+    EXIT_CODE = 75  # the system's "try again later"

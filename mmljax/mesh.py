@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmljax.errors import UserError
 from mmljax.types import Batch
+
+HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as dead
 
 AXIS = "data"  # the one mesh axis: rows of batches and of proxies are split over it
 
@@ -23,13 +26,16 @@ def initialize_distributed() -> None:
     them; ``MMLJAX_DISTRIBUTED=1`` leaves it to jax, which finds Cloud TPU pods, Slurm and Open MPI
     by itself. With none of them set the run is of one process.
 
+    A process that dies ends the others: at once where they wait for it on CPU, and within
+    ``HEARTBEAT_SECONDS`` and a little wherever they are.
+
     Raises:
       UserError: if only some of the three are set, or a number is none.
     """
     names = ("MMLJAX_COORDINATOR", "MMLJAX_NUM_PROCESSES", "MMLJAX_PROCESS_ID")
     values = [os.environ.get(name) for name in names]
     if os.environ.get("MMLJAX_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
     if not any(values):
         return
@@ -38,7 +44,9 @@ def initialize_distributed() -> None:
         raise UserError(
             f"{', '.join(names)} must all be set, the last two to numbers; found {values}"
         )
-    jax.distributed.initialize(coordinator, int(count), int(index))
+    jax.distributed.initialize(
+        coordinator, int(count), int(index), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
 
 
 def make_mesh(devices: Any = None) -> Mesh:
@@ -79,6 +87,21 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
 
 
+def spread(tree: Any, shardings: Any) -> Any:
+    """A tree that every process holds whole, laid out over the devices of all of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            wrap = jax.jit(partial(jax.random.wrap_key_data, impl=jax.random.key_impl(x)))
+            return wrap(one(jax.random.key_data(x), sharding))
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """A global array, whole, in this process's memory."""
     if jax.process_count() == 1:
@@ -89,6 +112,13 @@ def to_host(x: jax.Array) -> np.ndarray:
 def is_main_process() -> bool:
     """Whether this process writes logs and results."""
     return jax.process_index() == 0
+
+
+def agree(fine: bool) -> bool:
+    """What the first process says, in all of them."""
+    if jax.process_count() == 1:
+        return fine
+    return bool(multihost_utils.broadcast_one_to_all(np.array(fine)))
 
 
 def sync(name: str) -> None:

@@ -1,10 +1,11 @@
-"""What a run writes and shows besides checkpoints: rows, progress, results, tables.
+"""What a run writes and shows besides checkpoints: rows, results, tables.
 
 A run's directory holds
 
 - ``metrics.jsonl``: one JSON object per line with ``step``, ``kind`` (``train`` for a row of the
-  ledger, ``evaluation``) and flat scalars such as ``loss/pair``. A number that is not finite is
-  written as ``null``, for JSON has no other word for it, and is read back as NaN.
+  ledger, ``evaluation``, ``rates``: what the clock says) and flat scalars such as ``loss/pair``. A
+  number that is not finite is written as ``null``, for JSON has no other word for it, and is read
+  back as NaN.
 - ``tensorboard/``: the same scalars, if asked for.
 - ``results.json``: scores and everything needed to tell where they come from.
 
@@ -23,13 +24,13 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from mmljax.errors import UserError
 from mmljax.plot import plot_contributions as plot_contributions  # the rest of a run's report
+from mmljax.progress import Progress
 
 METRICS, RESULTS = "metrics.jsonl", "results.json"
 
@@ -40,10 +41,7 @@ _SCORE_NAMES = {"r_precision": "R-precision", "map@r": "MAP@R", "mrr": "MRR"}
 
 
 class Reporter:
-    """Rows of scalars for ``metrics.jsonl`` and TensorBoard, and how far the run is for people.
-
-    In a terminal progress is a bar; elsewhere (log files, jobs) it is one line per call.
-    """
+    """Rows of scalars for ``metrics.jsonl`` and TensorBoard, and how far the run is for people."""
 
     def __init__(
         self,
@@ -76,13 +74,10 @@ class Reporter:
         """
         self._file: TextIO | None = None
         self._tensorboard: Any = None
-        self._bar: Any = None
         if not enabled:
             return
-        self._stream = sys.stderr if stream is None else stream
         self._batch_size = batch_size
-        self._first = self._step = start_step
-        self._total = total_steps
+        self._step = start_step
         self._loss: float | None = None
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS
@@ -92,9 +87,11 @@ class Reporter:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if tensorboard:
             self._tensorboard = _summary_writer(workdir, purge_step=start_step and start_step + 1)
-        if self._stream.isatty():
-            self._bar = _make_bar(start_step, total_steps, self._stream)
-        self._start = time.monotonic()
+        self._progress = Progress(
+            start_step=start_step,
+            total_steps=total_steps,
+            stream=sys.stderr if stream is None else stream,
+        )
 
     def train(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write a row of the ledger, after ``step`` updates; ``loss`` is what progress shows."""
@@ -108,38 +105,42 @@ class Reporter:
         if self._file is None:
             return
         self._write(step, "evaluation", scores)
-        shown = (f"{_score_name(k)} {100 * scores[k]:.1f}%" for k in _score_keys(scores))
-        self._say("  ".join([f"step {step}/{self._total}", *shown]))
+        shown = [f"{_score_name(k)} {100 * scores[k]:.1f}%" for k in _score_keys(scores)]
+        self._progress.say(step, shown)
 
-    def progress(self, *, seconds: float, steps: int, waited: float) -> None:
-        """Show how far the run is: step, loss, speed, share of waiting for input, time left.
+    def progress(self, *, seconds: float, steps: int, waited: float, compilations: int) -> None:
+        """Write how fast the run is, and show it with how far it is.
 
         Args:
           seconds: that the last ``steps`` steps took.
           steps: since the last call.
-          waited: seconds of these in which the next batch was not there yet.
+          waited: seconds of these in which the devices had no input to work on.
+          compilations: of programs, since the run began.
         """
         if self._file is None:
             return
-        facts = {} if self._loss is None else {"loss": f"{float(self._loss):.4g}"}
         seconds = max(seconds, 1e-9)
-        facts["images/s"] = f"{steps * self._batch_size / seconds:.0f}"
-        facts["input wait"] = f"{waited / seconds:.0%}"
-        if self._bar is not None:
-            self._bar.set_postfix(facts, refresh=False)
-            self._bar.update(steps)
-            return
-        per_step = (time.monotonic() - self._start) / max(self._step - self._first, 1)
-        left = datetime.timedelta(seconds=round(per_step * (self._total - self._step)))
-        line = "  ".join(f"{name} {value}" for name, value in facts.items())
-        self._say(f"step {self._step}/{self._total}  {line}  eta {left}")
+        rates = {
+            "images_per_second": steps * self._batch_size / seconds,
+            "input_wait": waited / seconds,
+            "compilations": compilations,
+        }
+        self._write(self._step, "rates", rates)
+        facts = {} if self._loss is None else {"loss": f"{float(self._loss):.4g}"}
+        facts["images/s"] = f"{rates['images_per_second']:.0f}"
+        facts["input wait"] = f"{rates['input_wait']:.0%}"
+        facts["compilations"] = str(compilations)
+        self._progress.show(self._step, facts)
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
-        for opened in (self._file, self._tensorboard, self._bar):
-            if opened is not None:
-                opened.close()
-        self._file = self._tensorboard = self._bar = None
+        if self._file is None:
+            return
+        self._file.close()
+        self._progress.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._file = self._tensorboard = None
 
     def _write(self, step: int, kind: str, scalars: Mapping[str, Any]) -> None:
         assert self._file is not None
@@ -151,13 +152,6 @@ class Reporter:
                 # TensorBoard allows no @ in a name.
                 name = (prefix + key).replace("@", "_")
                 self._tensorboard.add_scalar(name, float(value), step)
-
-    def _say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        else:
-            self._stream.write(line + "\n")
-            self._stream.flush()
 
 
 def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
@@ -196,7 +190,7 @@ def write_results(
         "scores": scores,
         "config": config,
         "git": _git(),
-        "versions": _versions(),
+        "versions": versions(),
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **(extra or {}),
@@ -240,6 +234,17 @@ def recall_table(scores: Mapping[str, Any], *, untrained: Mapping[str, Any] | No
             f"{scores['lone_queries']:.0f} queries without a match are in no score"
         )
     return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on; read from the installed metadata, nothing is imported."""
+    versions = {"python": platform.python_version()}
+    for package in (*_PACKAGES, *_TENSORFLOW):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -292,20 +297,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _make_bar(step: int, total_steps: int, stream: TextIO) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        initial=step,
-        total=total_steps,
-        unit="step",
-        file=stream,
-        dynamic_ncols=True,
-        mininterval=0,  # shown at every call, which are rare
-        miniters=1,
-    )
-
-
 def _summary_writer(workdir: Path, *, purge_step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
@@ -331,14 +322,3 @@ def _git() -> dict[str, Any] | None:
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _versions() -> dict[str, str]:
-    """Of what results depend on; read from the installed metadata, nothing is imported."""
-    versions = {"python": platform.python_version()}
-    for package in (*_PACKAGES, *_TENSORFLOW):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

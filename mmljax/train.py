@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from mmljax import build, checkpoints, optim, protocol, report
+from mmljax import build, checkpoints, footprint, optim, protocol, report
 from mmljax.assemble import assemble
+from mmljax.claim import claimed
 from mmljax.clustering import check_available
-from mmljax.config import Config, differences, to_dict
+from mmljax.config import Config, to_dict
 from mmljax.data.sources import count_small_classes
-from mmljax.errors import UserError
+from mmljax.errors import Preempted
 from mmljax.evaluate import Retrieval, evaluate, make_embed
 from mmljax.mesh import is_main_process, make_mesh, sync
 from mmljax.plot import plot_contributions
-from mmljax.types import Batch, Dataset, Split, TrainState
+from mmljax.preemption import Preemption
+from mmljax.recorder import Recorder
+from mmljax.types import Dataset, Split, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
       What ``results.json`` holds; nothing on processes other than the first.
 
     Raises:
-      UserError: on data or a config that cannot be used, or a loss that is not finite.
+      UserError: on data or a config that cannot be used, a disk that is full, or a loss that is
+        not finite.
+      Preempted: if the process was asked to end (SIGTERM), and saved itself.
     """
     started = time.time()
 
@@ -75,8 +78,9 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
             clustering=config.evaluation.clustering,
         )
 
-    _claim(workdir, config)
     with ExitStack() as stack:  # whatever ends the run, saves under way are finished
+        stack.enter_context(claimed(workdir, config))
+        preemption = stack.enter_context(Preemption())
         saved = checkpoints.Checkpoints(
             workdir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -99,25 +103,33 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
 
         # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
         # of s, so that a run which goes on from it has them all.
-        ledger = _Ledger(reporter, trainer.schedules)
+        recorder = Recorder(
+            reporter,
+            trainer.schedules,
+            input_wait_warning=config.log.input_wait_warning,
+        )
+        stack.callback(recorder.close)
         batches = build.train_batches(dataset, config, mesh, range(first, total))
         for step in range(first + 1, total + 1):
-            batch = ledger.wait_for(batches)
+            batch = recorder.next_batch(batches)
             state, scalars = trainer.step(state, batch)
-            ledger.add(step, scalars)
+            recorder.add(step, scalars)
             evaluates = step == total or _due(step, evaluate_every)
-            saves = evaluates or _due(step, save_every)
+            stops = preemption.requested(step) and step < total
+            saves = evaluates or stops or _due(step, save_every)
             if saves or _due(step, config.log.every):
-                ledger.flush()
+                recorder.flush()
             scores = None
             if evaluates:
                 result = score(state)
                 scores = result.summary()
                 reporter.evaluation(step, scores)
                 _record(workdir, step, stamp, dataset.query, result)
-                ledger.restart_clock()
             if saves:
                 saved.save(state, step=step, metrics=scores)
+                recorder.restart_clock()
+            if stops:
+                raise Preempted(f"asked to stop; saved at step {step} of {total}")
 
     sync("finish")
     return _finish(config, workdir, saved.directory, stamp=stamp, started=started)
@@ -125,24 +137,6 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _claim(workdir: Path, config: Config) -> None:
-    """Make the workdir, or check that the run in it is this one."""
-    if is_main_process():
-        path, now = workdir / "config.json", to_dict(config)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            before = json.loads(path.read_text()) if path.exists() else now
-            report.write_atomically(path, json.dumps(before, indent=2))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
-        if changed := differences(before, now):
-            raise UserError(
-                f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
-                "choose another --workdir"
-            )
-    sync("claim")
 
 
 def _restore(saved: checkpoints.Checkpoints, state: TrainState) -> tuple[TrainState, int]:
@@ -174,49 +168,8 @@ def _describe(
         config.data.images_per_class,
     )
     _log.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
+    _log.info(footprint.describe(state))
     _log.info("steps %d to %d of %s", first, total, config.duration)
-
-
-class _Ledger:
-    """Holds scalars on the device and fetches them in blocks, so that no step waits for them."""
-
-    def __init__(self, reporter: report.Reporter, schedules: Mapping[str, Any]) -> None:
-        self._reporter = reporter
-        self._schedules = schedules
-        self._rows: list[tuple[int, dict[str, jax.Array]]] = []
-        self._waited = 0.0
-        self._since = time.perf_counter()
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        begin = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - begin
-        return batch
-
-    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
-        self._rows.append((step, scalars))
-
-    def flush(self) -> None:
-        """Write the rows since the last flush; stop on the first loss that is not finite."""
-        for step, scalars in jax.device_get(self._rows):
-            row = {name: float(value) for name, value in scalars.items()}
-            for group, schedule in self._schedules.items():
-                row[f"learning_rate/{group}"] = float(schedule(step - 1))
-            self._reporter.train(step, row)
-            broken = [k for k, v in row.items() if not np.isfinite(v)]
-            if broken:
-                raise UserError(
-                    f"{', '.join(broken)} not finite at step {step}; the last checkpoint is kept: "
-                    "lower --config.optimizer.*.learning_rate or set --config.optimizer.clip_norm"
-                )
-        seconds = time.perf_counter() - self._since
-        self._reporter.progress(seconds=seconds, steps=len(self._rows), waited=self._waited)
-        self._rows = []
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave what went before out of the speed."""
-        self._waited, self._since = 0.0, time.perf_counter()
 
 
 def _record(

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mmljax"
 MAX_LINES = 350
 
 LAYERS = (  # a module imports only from its own layer and those above it in this table
-    ("types", "numerics", "errors", "config", "mesh"),
+    ("types", "numerics", "errors", "ranges", "config", "mesh"),
     (
         "objectives.*",
         "mining",
@@ -33,10 +33,14 @@ LAYERS = (  # a module imports only from its own layer and those above it in thi
         "geometry",
     ),
     ("models.*", "data.*"),
-    ("build", "optim", "train_step", "clustering", "evaluate", "assemble"),
-    ("checkpoints", "plot", "report", "protocol"),
-    ("train",),
-    ("main", "compare"),
+    ("build", "optim", "columns", "footprint", "train_step", "clustering", "evaluate", "assemble"),
+    (
+        *("checkpoints", "claim", "preemption", "plot", "progress", "rates", "report"),
+        *("recorder", "protocol", "parts"),
+        *("table", "runs", "thumbnails"),
+    ),
+    ("train", "restore", "gallery", "offline", "checks", "command", "page"),
+    ("main", "doctor", "compare", "embed", "search", "export", "look", "prepare"),
 )
 LIBRARY_IMPORTS = sys.stdlib_module_names | {"jax", "numpy", "jaxtyping", "mmljax"}
 LIBRARY_LAYERS = 2  # the first ones are a library of their own
@@ -49,7 +53,7 @@ COLLECTIVES = {
     *("psum", "psum_scatter", "pmean", "pmax", "pmin", "ppermute"),
     *("all_gather", "all_to_all", "axis_index", "shard_map"),
 }
-COLLECTIVES_IN = ("train_step", "retrieval", "mesh")
+COLLECTIVES_IN = ("train_step", "columns", "retrieval", "mesh")
 
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
@@ -242,7 +246,11 @@ LIBRARY = "objectives.pair objectives.proxy objectives.separation retrieval metr
         (LIBRARY, {"tensorflow", "orbax", "flax", "optax"}),
         ("train", {"tensorflow"}),  # arrays train where TensorFlow is absent
         ("main", {"tensorflow", "orbax", "flax", "optax", "jax"}),  # --help is immediate
+        ("doctor", {"tensorflow", "orbax", "flax", "optax", "jax"}),
         ("compare", {"tensorflow", "orbax", "flax", "optax", "jax"}),
+        ("embed search export prepare", {"tensorflow", "orbax", "flax", "optax", "jax", "pyarrow"}),
+        ("page look", {"tensorflow", "orbax", "flax", "optax", "jax", "pyarrow", "pandas"}),
+        ("runs plot", {"tensorflow", "orbax", "flax", "optax", "jax", "pandas", "matplotlib"}),
     ],
 )
 def test_loading_a_module_spares_what_it_does_not_need(modules, spared):

@@ -392,6 +392,22 @@ def test_folding_leaves_values_and_gradients(
         assert not all(jax.tree.leaves(same))  # the two ways were really taken
 
 
+def test_folding_rounds_to_bfloat16_after_it() -> None:
+    """Kernel and scale that round to 1 each, but not their product, which is what is rounded."""
+    kernel, scale = 1 + 2.0**-8, 1 + 2.0**-10
+    found = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        make_convolution, make_norm = resnet._layers(dtype=dtype, rngs=rngs())
+        convolution, norm = make_convolution(1, 1, kernel=1), make_norm(1)
+        convolution.kernel.set_value(jnp.full((1, 1, 1, 1), kernel))
+        norm.scale.set_value(jnp.full(1, scale))
+        found[dtype] = resnet._convolve(convolution, norm, jnp.ones((1, 1, 1, 1)), train=False)
+        assert found[dtype].dtype == dtype
+    expected = kernel * scale / np.sqrt(1 + 1e-5)
+    np.testing.assert_allclose(found[jnp.float32].item(), expected, rtol=1e-6)
+    assert found[jnp.bfloat16].item() == 1 + 2.0**-7
+
+
 def test_evaluation_does_not_mix_images() -> None:
     model = two_stage_embedder()
     x = jnp.asarray(noise(4, 20, 20, 3))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmljax import report
+from mmljax import progress, report
 from mmljax.errors import UserError
 
 
@@ -154,10 +154,26 @@ def test_a_reporter_that_is_not_enabled_does_nothing(tmp_path):
     reporter = open_reporter(tmp_path / "run", stream=stream, enabled=False, tensorboard=True)
     reporter.train(1, {"loss": 1.0})
     reporter.evaluation(1, {"recall@1": 0.5})
-    reporter.progress(seconds=1.0, steps=1, waited=0.0)
+    reporter.progress(seconds=1.0, steps=1, waited=0.0, compilations=0)
     reporter.close()
     assert not (tmp_path / "run").exists()
     assert stream.getvalue() == ""
+
+
+def test_rates_are_rows_of_their_own(tmp_path):
+    reporter = open_reporter(tmp_path)
+    reporter.train(4, {"loss": 1.0})
+    reporter.progress(seconds=2.0, steps=4, waited=0.5, compilations=7)
+    reporter.close()
+    assert report.read_metrics(tmp_path)[1:] == [
+        {
+            "step": 4,
+            "kind": "rates",
+            "images_per_second": 16.0,
+            "input_wait": 0.25,
+            "compilations": 7,
+        }
+    ]
 
 
 # TensorBoard.
@@ -210,7 +226,7 @@ def test_without_tensorboardx_one_line_says_how_to_get_it(tmp_path, monkeypatch,
 @pytest.fixture
 def clock(monkeypatch):
     now = types.SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now.seconds))
     return now
 
 
@@ -219,11 +235,11 @@ def test_progress_in_a_log_file_is_lines(tmp_path, clock):
     reporter = open_reporter(tmp_path, step=60, total_steps=600, batch_size=96, stream=stream)
     reporter.train(90, {"loss": 3.214159})
     clock.seconds += 15.0  # 30 steps, of which the last 20 took 4 s
-    reporter.progress(seconds=4.0, steps=20, waited=0.08)
+    reporter.progress(seconds=4.0, steps=20, waited=0.08, compilations=31)
     reporter.evaluation(90, {"recall@10": 0.5, "recall@1": 0.25, "map@r": 0.125, "queries": 3})
     reporter.close()
     assert stream.getvalue() == (
-        "step 90/600  loss 3.214  images/s 480  input wait 2%  eta 0:04:15\n"
+        "step 90/600  loss 3.214  images/s 480  input wait 2%  compilations 31  eta 0:04:15\n"
         "step 90/600  Recall@1 25.0%  Recall@10 50.0%  MAP@R 12.5%\n"
     )
 
@@ -232,14 +248,15 @@ def test_progress_in_a_terminal_is_a_bar_that_lines_do_not_break(tmp_path):
     stream = Terminal()
     reporter = open_reporter(tmp_path, step=2, stream=stream)
     reporter.train(6, {"loss": 0.5})
-    reporter.progress(seconds=2.0, steps=4, waited=1.0)
+    reporter.progress(seconds=2.0, steps=4, waited=1.0, compilations=3)
     reporter.evaluation(6, {"recall@1": 1.0})
     reporter.close()
     shown = stream.getvalue().replace("\n", "\r").split("\r")
     assert any(s.startswith(" 20%") and "2/10" in s for s in shown)
     bars = [s for s in shown if "6/10" in s and "loss=0.5" in s]
     assert bars
-    assert all("images/s=16" in s and "input wait=50%" in s for s in bars)
+    facts = ("images/s=16", "input wait=50%", "compilations=3")
+    assert all(fact in s for s in bars for fact in facts)
     assert "step 6/10  Recall@1 100.0%" in shown
 
 

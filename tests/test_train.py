@@ -14,6 +14,7 @@ from mmljax.checkpoints import Checkpoints
 from mmljax.config import Config, from_mapping
 from mmljax.errors import UserError
 from mmljax.models.backbones import BACKBONES
+from mmljax.report import read_metrics
 from test_config import load
 
 pytestmark = pytest.mark.filterwarnings(
@@ -33,7 +34,7 @@ def make_config(tmp_path: Path, **changes: Any) -> Config:
 
 
 def test_run_learns_and_writes_what_it_promises(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(tmp_path, log__plot=True, duration="40 steps")
     result = train.train(config, tmp_path / "run")
@@ -47,6 +48,13 @@ def test_run_learns_and_writes_what_it_promises(
     rows = [row for row in runs.metrics(tmp_path / "run") if '"train"' in row]
     assert len(rows) == 40
     assert all(f'"{key}/pair"' in rows[0] for key in ("loss", "weight", "share_embeddings"))
+    rates = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "rates"]
+    assert len(rates) == 40
+    assert all(0 <= row["input_wait"] <= 1 for row in rates)
+    compilations = [row["compilations"] for row in rates]
+    assert compilations == sorted(compilations)
+    assert compilations[0] >= 2  # the augmentation and the step
+    assert "compiled" not in caplog.text  # saves and evaluations compile, steps do not again
 
 
 class Stop(Exception):

@@ -20,7 +20,7 @@ from mmljax.mesh import AXIS
 FOLD = True
 """Whether BatchNorm by running statistics becomes part of the convolution before it.
 
-Looked at when a network is traced. ``benchmarks/train_step.py`` clears it to time the other form.
+Looked at when a network is traced. ``benchmarks/train_step.py`` times both forms.
 """
 
 

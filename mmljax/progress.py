@@ -1,0 +1,65 @@
+"""How far a run is, for people: a bar in a terminal, lines elsewhere (log files, jobs)."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+
+class Progress:
+    """Shows steps and facts on a stream; the time left is reckoned from when this is made."""
+
+    def __init__(self, *, start_step: int, total_steps: int, stream: TextIO) -> None:
+        """Begin at a step.
+
+        Args:
+          start_step: from which the run goes on.
+          total_steps: where it ends.
+          stream: a bar where it is a terminal, else a line per call.
+        """
+        self._first = self._step = start_step
+        self._total = total_steps
+        self._stream = stream
+        self._bar = _make_bar(start_step, total_steps, stream) if stream.isatty() else None
+        self._start = time.monotonic()
+
+    def show(self, step: int, facts: Mapping[str, str]) -> None:
+        """The run is at ``step``, with these facts, in their order."""
+        if self._bar is not None:
+            self._bar.set_postfix(facts, refresh=False)
+            self._bar.update(step - self._step)
+        self._step = step
+        if self._bar is None:
+            per_step = (time.monotonic() - self._start) / max(step - self._first, 1)
+            left = datetime.timedelta(seconds=round(per_step * (self._total - step)))
+            self.say(step, [*(f"{name} {value}" for name, value in facts.items()), f"eta {left}"])
+
+    def say(self, step: int, facts: list[str]) -> None:
+        """A line of its own, which a bar does not break."""
+        line = "  ".join([f"step {step}/{self._total}", *facts])
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it is; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _make_bar(step: int, total_steps: int, stream: TextIO) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        initial=step,
+        total=total_steps,
+        unit="step",
+        file=stream,
+        dynamic_ncols=True,
+        mininterval=0,  # shown at every call, which are rare
+        miniters=1,
+    )
