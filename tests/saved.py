@@ -1,0 +1,92 @@
+"""What a run leaves behind, without training: a config, and checkpoints of random networks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import runpy
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import runs
+from mmljax import build
+from mmljax.assemble import assemble
+from mmljax.checkpoints import Checkpoints
+from mmljax.config import Config, from_mapping, to_dict
+from mmljax.evaluate import embed_batches, make_embed
+from mmljax.mesh import make_mesh
+from mmljax.restore import TrainedEmbedder, load_embedder
+from mmljax.types import Split, TrainState
+
+STEPS = (3, 5)
+
+
+class SavedRun(NamedTuple):
+    """What was written, and the trainer's own evaluation of it."""
+
+    folder: Path
+    config: Config
+    states: dict[int, TrainState]  # by step
+    embed: Any  # (network, model_state, images) -> embeddings, of the trainer's own graph
+
+
+def write_run(folder: Path, *, noise: float = 0.3, **changes: Any) -> SavedRun:
+    """A run's directory with checkpoints of ``STEPS``.
+
+    Also BatchNorm's statistics differ from those of a new network, and from step to step, by about
+    that share of their values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images = folder / "images.npz"
+    if "data__directory" not in changes:
+        runs.write_images(images)
+    path = runs.write_config(folder / "small.py", images, **changes)
+    config = from_mapping(runpy.run_path(str(path))["get_config"]())
+    mesh = make_mesh()
+    dataset = build.load_dataset(config)
+    trainer = assemble(
+        config,
+        classes=dataset.classes,
+        channels=build.image_channels(dataset),
+        train_examples=len(dataset.train.labels),
+        mesh=mesh,
+    )
+    run, states = folder / "run", {}
+    saved = Checkpoints(run / "checkpoints", keep_last=2, keep_best=0)
+    for step in STEPS:
+        noised = partial(_noised, noise=noise, seed=step)
+        network = jax.tree.map(noised, trainer.state.params["network"])
+        state = trainer.state._replace(
+            step=np.int32(step),
+            params=trainer.state.params | {"network": network},
+            model_state=jax.tree.map(noised, trainer.state.model_state),
+        )
+        state = jax.device_put(state, build.state_shardings(state, mesh))
+        saved.save(state, step=step, metrics=None)
+        states[step] = state
+    saved.close()
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    return SavedRun(run, config, states, make_embed(trainer.graphdef))
+
+
+def own_embeddings(run: SavedRun, split: Split, *, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and labels of a split as the trainer's own evaluation makes them."""
+    state = run.states[step]
+    embed = partial(run.embed, state.params["network"], state.model_state)
+    return embed_batches(embed, build.eval_batches(split, run.config, make_mesh()))
+
+
+@functools.cache
+def load_once(path: Path, *, step: int | None = None) -> TrainedEmbedder:
+    """``load_embedder``, with nothing compiled twice for the commands of one test session."""
+    return load_embedder(path, step=step)
+
+
+def _noised(x: jax.Array, *, noise: float, seed: int) -> np.ndarray:
+    values = np.asarray(x)  # in NumPy, which compiles nothing
+    scaled, moved = np.random.default_rng(seed).uniform(-noise, noise, (2, *x.shape))
+    return (values * (1 + scaled) + moved / 6).astype(values.dtype)
