@@ -20,6 +20,9 @@ from mmljax.mesh import to_host
 from mmljax.retrieval import PositiveRanks, sharded_nearest_neighbors, sharded_positive_ranks
 from mmljax.types import Batch, Params, Values
 
+NEIGHBORS = 10
+"""How many of a query's nearest gallery images are told."""
+
 Embed = Callable[[Params, Params, Array], Float[Array, "b d"]]
 
 
@@ -54,10 +57,12 @@ class Retrieval(NamedTuple):
     lone_queries: int  # without a relevant item in the gallery; in no score
     chance: float  # expected Recall@1 of a random order
     per_query: dict[str, np.ndarray]  # [q] of each score that is a mean; NaN for lone queries
+    neighbors: np.ndarray  # [q k] rows of the gallery, nearest first, of the NEIGHBORS nearest
+    similarity: np.ndarray  # [q k] of these
 
     def summary(self) -> dict[str, float]:
         """Scores and counts in one flat dict: a row of the log."""
-        counts = {k: v for k, v in self._asdict().items() if k not in ("scores", "per_query")}
+        counts = {k: v for k, v in self._asdict().items() if isinstance(v, int | float)}
         return {**self.scores, **counts}
 
 
@@ -118,7 +123,7 @@ def retrieval_scores(
     search = {"chunk": chunk, "mesh": mesh, "self_index": own}
     ranks = sharded_positive_ranks(queries, gallery, query_labels, gallery_labels, **search)
     values = _by_rank(PositiveRanks(*map(_local, ranks)), recall_at)
-    k = min(max(*recall_at, int(relevant_count.max())), candidates)
+    k = min(max(*recall_at, int(relevant_count.max()), NEIGHBORS), candidates)
     # One more, so that it shows whether the last ones tie with what comes after them.
     found = sharded_nearest_neighbors(queries, gallery, k=min(k + 1, candidates), **search)
     relevant = gallery_labels[to_host(found.indices)] == query_labels[:, None]
@@ -149,6 +154,8 @@ def retrieval_scores(
         lone_queries=int(np.sum(~counted)),
         chance=float(np.mean(relevant_count[counted] / candidates)),
         per_query=per_query,
+        neighbors=to_host(found.indices)[:, :NEIGHBORS],
+        similarity=to_host(found.similarity)[:, :NEIGHBORS],
     )
 
 

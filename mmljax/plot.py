@@ -1,24 +1,58 @@
-"""The picture of a run: what each objective contributed, in small panels side by side."""
+"""The pictures of runs: what each objective contributed, in small panels side by side.
+
+The house style is here alone. Curves differ by line and marker as well as by colour, so they can
+be told apart in grey; a run looks the same in every panel, and so does an objective.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-_PANELS: tuple[tuple[str, str, tuple[int, int] | str], ...] = (  # title, keys, y axis
-    ("raw loss", r"loss/(.+)", "log"),
-    ("contribution weight", r"weight/(.+)", "log"),
-    ("share of the gradient at the embeddings", r"share_embeddings/(.+)", (0, 1)),
-    ("share of the gradient at the proxies", r"share_proxies/(.+)", (0, 1)),
-    ("cosine of gradients at the embeddings", r"conflict/(.+)", (-1, 1)),
-    ("pairs kept by mining", r"kept[_/](.+)", (0, 1)),
-    ("retrieval", r"(recall@1|map@r)", "linear"),
-)
+from mmljax.errors import UserError
+from mmljax.table import tidy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+class Panel(NamedTuple):
+    """One quantity, or a few of one kind."""
+
+    title: str
+    quantities: str  # a pattern
+    axis: tuple[int, int] | str  # range, "linear", or "log" where the values call for it
+
+
+class Circle(NamedTuple):
+    """Points on the unit circle and what pulls at them; NumPy."""
+
+    samples: np.ndarray  # [n 2]
+    labels: np.ndarray  # [n], each the row of its proxy
+    proxies: np.ndarray  # [c 2]
+    sample_forces: np.ndarray  # [n 2]
+    proxy_forces: np.ndarray  # [c 2]
+
+
+PANELS: Mapping[str, Panel] = {
+    "losses": Panel("raw loss", "loss", "log"),
+    "weights": Panel("contribution weight", "weight", "log"),
+    "embedding_shares": Panel(
+        "share of the gradient at the embeddings", "share_embeddings", (0, 1)
+    ),
+    "proxy_shares": Panel("share of the gradient at the proxies", "share_proxies", (0, 1)),
+    "conflict": Panel("cosine of gradients at the embeddings", "conflict", (-1, 1)),
+    "kept": Panel("pairs kept by mining", "kept_positive|kept_negative", (0, 1)),
+    "retrieval": Panel("retrieval", r"recall@\d+|map@r", "linear"),
+}
+
+_POINTS = 400  # of a curve; longer ones are shown by means of neighbouring steps
 _INK = (  # colour, line, marker: told apart in grey by each of the three
     ("#1a1a1a", "-", "o"),
     ("#0072b2", "--", "s"),
@@ -27,7 +61,7 @@ _INK = (  # colour, line, marker: told apart in grey by each of the three
     ("#009e73", (0, (5, 1, 1, 1, 1, 1)), "v"),
     ("#b07aa1", (0, (8, 3)), "P"),
 )
-_NAMES = {"recall@1": "Recall@1", "map@r": "MAP@R"}
+_SVG: Any = {"svg.hashsalt": "mmljax", "svg.fonttype": "path"}  # the same file for the same curves
 
 
 def plot_contributions(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
@@ -40,56 +74,206 @@ def plot_contributions(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | 
     Returns:
       The path, or None where there is nothing to draw or no matplotlib (a line says so).
     """
-    panels = []
-    for title, pattern, axis in _PANELS:
-        keys = {key: m[1] for row in rows for key in row if (m := re.fullmatch(pattern, key))}
-        if keys:
-            panels.append((title, keys, axis))
-    if not panels:
-        return None
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logging.warning("no plot: matplotlib is absent; pip install 'mmljax[plot]' brings it")
+        figure = contribution_figure(tidy(rows, run="", seed=0))
+    except ImportError as error:
+        logging.warning("no plot: %s is absent; pip install 'mmljax[plot]' brings it", error.name)
         return None
-    objectives = list(panels[0][1].values())  # one look each, in whatever panel they are
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
+    return None if figure is None else write_figure(figure, path)
+
+
+def contribution_figure(
+    table: DataFrame, *, panels: Sequence[str] = tuple(PANELS)
+) -> Figure | None:
+    """Panels of a tidy table (:mod:`mmljax.table`).
+
+    Of one run, a panel per quantity with a curve per objective. Of several runs, a row of panels
+    per quantity, one for each objective, with a curve per run. Seeds of a run are one curve, their
+    mean, within a band from the least to the greatest. Targets of shares are thin dotted lines.
+
+    Args:
+      table: of one or several runs.
+      panels: keys of ``PANELS``, in order; those without values are left out.
+
+    Returns:
+      None where there is nothing to draw.
+
+    Raises:
+      UserError: on a panel that there is not.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for key in panels:
+        if key not in PANELS:
+            raise UserError(f"there is no panel {key!r}; panels are {', '.join(PANELS)}")
+    parts = [(PANELS[key], _of_panel(table, PANELS[key])) for key in panels]
+    parts = [(panel, part) for panel, part in parts if (part["kind"] != "target").any()]
+    if not parts:
+        return None
+    several = table["run"].nunique() > 1
+    grid = _by_objective(parts) if several else _in_rows(parts)
+    down, across = len(grid), max(map(len, grid))
     figure = Figure(figsize=(4.2 * across, 2.9 * down), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    for i, (title, keys, axis) in enumerate(panels):
-        axes = figure.add_subplot(down, across, i + 1)
+    looks = list(dict.fromkeys(table["run"] if several else _objectives(parts)))
+    for i, row in enumerate(grid):
+        for j, (panel, part, title) in enumerate(row):
+            axes = figure.add_subplot(down, across, i * across + j + 1)
+            axes.set_title(title, loc="left", fontsize=10)
+            _draw(axes, part, looks, several=several)
+            _finish(axes, panel.axis)
+    return figure
+
+
+def circle_figure(circles: Mapping[str, Circle]) -> Figure:
+    """Samples and proxies in two dimensions with the forces on them, a panel per title.
+
+    Samples are filled, proxies large and hollow; a class has one marker and colour. The longest
+    arrow of a panel has length 0.5, so lengths compare within a panel only.
+
+    Args:
+      circles: by title.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle as Outline
+
+    figure = Figure(figsize=(3.6 * len(circles), 3.9), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    for place, (title, circle) in enumerate(circles.items(), 1):
+        axes = figure.add_subplot(1, len(circles), place)
         axes.set_title(title, loc="left", fontsize=10)
-        for j, (key, label) in enumerate(keys.items()):
-            look = objectives.index(label) if label in objectives else j
-            _draw_curve(
-                axes, rows, key, label=_NAMES.get(label, label.replace("/", ", ")), look=look
+        axes.add_patch(Outline((0, 0), 1, fill=False, color="#8c8c8c", linewidth=0.8))
+        for label, proxy in enumerate(circle.proxies):
+            colour, _, marker = _INK[label % len(_INK)]
+            own = circle.samples[circle.labels == label]
+            axes.scatter(own[:, 0], own[:, 1], s=28, color=colour, marker=marker, zorder=2)
+            axes.scatter(
+                proxy[0], proxy[1], s=130, edgecolors=colour, facecolors="none", marker=marker
             )
-        _finish_panel(axes, axis)
+        forces = np.concatenate([circle.sample_forces, circle.proxy_forces])
+        lengths = np.linalg.norm(forces, axis=1)
+        seen = lengths > 0.01 * lengths.max()  # shorter ones would be dots
+        if seen.any():
+            starts = np.concatenate([circle.samples, circle.proxies])
+            axes.quiver(
+                *starts[seen].T,
+                *(forces[seen] / lengths.max() / 2).T,
+                angles="xy",
+                scale_units="xy",
+                scale=1,
+                width=0.008,
+                color="#1a1a1a",
+                zorder=3,
+            )
+        axes.set(aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
+        axes.set_axis_off()
+    return figure
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure in the format that the suffix says, and return its path."""
+    import matplotlib
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with matplotlib.rc_context(_SVG):
+        figure.savefig(path)
     return path
 
 
-def _draw_curve(
-    axes: Any, rows: Sequence[Mapping[str, Any]], key: str, *, label: str, look: int
-) -> None:
-    points = np.array([(row["step"], row[key]) for row in rows if key in row], float)
-    colour, line, marker = _INK[look % len(_INK)]
-    axes.plot(
-        *points.T,
-        label=label,
-        color=colour,
-        linestyle=line,
-        linewidth=1.4,
-        marker=marker,
-        markersize=3.5,
-        markevery=max(1, len(points) // 8),
-    )
+def svg_of(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element on no ground of its own, for a page or a notebook."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context(_SVG):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
-def _finish_panel(axes: Any, axis: tuple[int, int] | str) -> None:
+_Cell = tuple[Panel, "DataFrame", str]  # with its title
+
+
+def _of_panel(table: DataFrame, panel: Panel) -> DataFrame:
+    part = table[table["quantity"].str.fullmatch(panel.quantities)]
+    return part[(part["quantity"] != "loss") | (part["name"] != "")]  # not the sum
+
+
+def _objectives(parts: Sequence[tuple[Panel, DataFrame]]) -> list[str]:
+    """Names in the order in which they get their looks."""
+    return list(dict.fromkeys(name for _, part in parts for name in part["name"] if name))
+
+
+def _in_rows(parts: Sequence[tuple[Panel, DataFrame]]) -> list[list[_Cell]]:
+    across = min(3, len(parts))
+    cells = [(panel, part, panel.title) for panel, part in parts]
+    return [cells[i : i + across] for i in range(0, len(cells), across)]
+
+
+def _by_objective(parts: Sequence[tuple[Panel, DataFrame]]) -> list[list[_Cell]]:
+    grid = []
+    for panel, part in parts:
+        curves = part[part["kind"] != "target"][["quantity", "name"]].drop_duplicates()
+        row = []
+        for quantity, name in curves.itertuples(index=False):
+            cell = part[(part["quantity"] == quantity) & (part["name"] == name)]
+            title = f"{panel.title}: {_label(quantity, name)}"
+            row.append((panel, cell, title))
+        grid.append(row)
+    return grid
+
+
+def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> None:
+    """Curves of one panel: of each run, or of each objective."""
+    targets = part[part["kind"] == "target"]
+    keys = ["run"] if several else ["quantity", "name"]
+    curves = part[part["kind"] != "target"].groupby(keys, sort=False)
+    owners = [key[-1] for key, _ in curves]  # runs or objectives
+    for place, (key, curve) in enumerate(curves):
+        own_look = key[-1] in looks and owners.count(key[-1]) == 1
+        look = looks.index(key[-1]) if own_look else place
+        colour, line, marker = _INK[look % len(_INK)]
+        seeds = curve["seed"].nunique()
+        values = _thinned(curve.groupby("step")["value"].agg(["mean", "min", "max"]))
+        label = f"{key[0]}, {seeds} seeds" if several and seeds > 1 else str(key[0])
+        axes.plot(
+            values.index,
+            values["mean"],
+            label=label if several else _label(*key),
+            color=colour,
+            linestyle=line,
+            linewidth=1.4,
+            marker=marker,
+            markersize=3.5,
+            markevery=max(1, len(values) // 8),
+        )
+        if seeds > 1:
+            axes.fill_between(
+                values.index, values["min"], values["max"], color=colour, alpha=0.18, linewidth=0
+            )
+        aims = targets if several else targets[(targets["name"] == key[-1])]
+        for aim in aims[aims["run"].isin(curve["run"])]["value"].unique():
+            axes.axhline(aim, color=colour, linestyle=(0, (1, 3)), linewidth=1)
+
+
+def _thinned(values: DataFrame) -> DataFrame:
+    """At most ``_POINTS`` rows, each the mean of as many neighbouring ones."""
+    every = -(-len(values) // _POINTS)
+    if every == 1:
+        return values
+    values = values.reset_index()
+    return values.groupby(np.arange(len(values)) // every).mean().set_index("step")
+
+
+def _label(quantity: str, name: str) -> str:
+    if quantity.startswith("kept_"):
+        return f"{quantity.removeprefix('kept_')}, {name}"
+    return name or quantity.replace("recall", "Recall").replace("map@r", "MAP@R")
+
+
+def _finish(axes: Any, axis: tuple[int, int] | str) -> None:
     if isinstance(axis, tuple):
         margin = 0.04 * (axis[1] - axis[0])
         axes.set_ylim(axis[0] - margin, axis[1] + margin)
@@ -101,6 +285,6 @@ def _finish_panel(axes: Any, axis: tuple[int, int] | str) -> None:
         if values.size and values.min() > 0 and values.max() > 10 * values.min():
             axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.set_xlabel("step", fontsize=8)
     axes.legend(frameon=False, fontsize=8)

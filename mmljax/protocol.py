@@ -11,6 +11,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,12 +22,25 @@ from mmljax.errors import UserError
 
 if TYPE_CHECKING:  # at run time they would bring jax, which readers of records do without
     from mmljax.config import Config
+    from mmljax.evaluate import Retrieval
     from mmljax.types import Dataset, Split
 
 QUERIES = "queries.npz"
 
 _SAMPLES = 16  # images of which the contents are part of the stamp
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile)
+_UNREADABLE = (
+    *(OSError, KeyError, TypeError, ValueError, EOFError, RecursionError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+)
+
+
+class Neighbors(NamedTuple):
+    """What each query found; NumPy."""
+
+    rows: np.ndarray  # [q k] of the gallery below, nearest first
+    similarity: np.ndarray  # [q k]
+    names: np.ndarray  # [g] str, of the gallery's images, or of the queries' in self-retrieval
+    labels: np.ndarray  # [g]
 
 
 class Records(NamedTuple):
@@ -37,6 +51,16 @@ class Records(NamedTuple):
     names: np.ndarray  # [q] str, of the images
     labels: np.ndarray  # [q] their items
     values: Mapping[str, np.ndarray]  # [q] per score, named as in the results; NaN: a lone query
+    neighbors: Neighbors | None = None  # where they were kept
+
+
+def make_records(
+    stamp: Mapping[str, Any], step: int, dataset: Dataset, result: Retrieval
+) -> Records:
+    """The records of an evaluation after ``step`` updates."""
+    query, gallery = dataset.query, dataset.gallery or dataset.query
+    found = Neighbors(result.neighbors, result.similarity, gallery.names, gallery.labels)
+    return Records(stamp, step, query.names, query.labels, result.per_query, found)
 
 
 def make_stamp(dataset: Dataset, config: Config) -> dict[str, Any]:
@@ -73,6 +97,8 @@ def write_records(folder: Path, records: Records) -> Path:
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {f"value {key}": value for key, value in records.values.items()}
     arrays |= {"name": records.names, "label": records.labels, "step": records.step}
+    if records.neighbors is not None:
+        arrays |= {f"neighbor {k}": v for k, v in records.neighbors._asdict().items()}
     np.savez_compressed(buffer, protocol=json.dumps(records.protocol), **arrays)
     path = folder / QUERIES
     temporary = path.with_name(QUERIES + ".partial")
@@ -97,8 +123,8 @@ def read_records(path: Path) -> Records:
             "was evaluated"
         )
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return Records(
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            records = Records(
                 protocol=json.loads(str(arrays["protocol"])),
                 step=int(arrays["step"]),
                 names=arrays["name"],
@@ -108,9 +134,35 @@ def read_records(path: Path) -> Records:
                     for key in arrays.files
                     if key.startswith("value ")
                 },
+                neighbors=Neighbors(*(arrays[f"neighbor {key}"] for key in Neighbors._fields))
+                if "neighbor rows" in arrays.files
+                else None,
             )
+        _check_records(records)
+        return records
     except _UNREADABLE as error:
         raise UserError(f"{file} is no file of records ({error}); evaluate the run again") from None
+
+
+def _check_records(records: Records) -> None:
+    """Refuse arrays that do not fit one another, as a file made by something else may hold."""
+    count = (len(records.names),) if records.names.ndim == 1 else ()
+    fits = [
+        isinstance(records.protocol, dict),
+        records.names.dtype.kind == "U",
+        records.labels.dtype.kind in "iu" and records.labels.shape == count,
+        *(x.dtype.kind == "f" and x.shape == count for x in records.values.values()),
+    ]
+    if records.neighbors is not None:
+        rows, similarity, names, labels = records.neighbors
+        fits += [
+            rows.dtype.kind in "iu" and rows.ndim == 2 and rows.shape[:1] == count,
+            similarity.dtype.kind == "f" and similarity.shape == rows.shape,
+            names.ndim == 1 and labels.shape == names.shape,
+            not rows.size or (rows.min() >= 0 and rows.max() < names.size),
+        ]
+    if not all(fits):
+        raise ValueError("its arrays do not fit one another")
 
 
 def _fingerprint(splits: list[Split]) -> str:
@@ -128,6 +180,8 @@ def _fingerprint(splits: list[Split]) -> str:
 
 def _contents(split: Split) -> str:
     """Sixteen hexadecimal digits of a few images as they are stored."""
+    from mmljax.data.files import read
+
     names = np.asarray(split.names).astype(str)
     order = np.argsort(names, kind="stable")
     digest = hashlib.sha256()
@@ -135,7 +189,7 @@ def _contents(split: Split) -> str:
         image = split.images[order[place]]
         if isinstance(image, str):
             try:
-                image = Path(image).read_bytes()
+                image = read(image)
             except OSError as error:
                 raise UserError(f"image {image} cannot be read ({error}); fetch it again") from None
         elif isinstance(image, np.ndarray):

@@ -18,9 +18,10 @@ from mmljax.claim import claimed
 from mmljax.clustering import check_available
 from mmljax.config import Config, to_dict
 from mmljax.data.sources import count_small_classes
-from mmljax.errors import Preempted
+from mmljax.errors import Preempted, UserError
 from mmljax.evaluate import Retrieval, evaluate, make_embed
 from mmljax.mesh import is_main_process, make_mesh, sync
+from mmljax.page import write_page
 from mmljax.plot import plot_contributions
 from mmljax.preemption import Preemption
 from mmljax.recorder import Recorder
@@ -124,7 +125,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
                 result = score(state)
                 scores = result.summary()
                 reporter.evaluation(step, scores)
-                _record(workdir, step, stamp, dataset.query, result)
+                _record(workdir, step, stamp, dataset, result)
             if saves:
                 saved.save(state, step=step, metrics=scores)
                 recorder.restart_clock()
@@ -132,7 +133,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
                 raise Preempted(f"asked to stop; saved at step {step} of {total}")
 
     sync("finish")
-    return _finish(config, workdir, saved.directory, stamp=stamp, started=started)
+    return _finish(config, workdir, saved.directory, dataset, stamp=stamp, started=started)
 
 
 def _due(step: int, every: int) -> bool:
@@ -173,18 +174,23 @@ def _describe(
 
 
 def _record(
-    workdir: Path, step: int, stamp: dict[str, Any], query: Split, result: Retrieval
+    workdir: Path, step: int, stamp: dict[str, Any], dataset: Dataset, result: Retrieval
 ) -> None:
     """Keep what each query had in the last evaluation."""
     if is_main_process():
-        records = protocol.Records(stamp, step, query.names, query.labels, result.per_query)
-        protocol.write_records(workdir, records)
+        protocol.write_records(workdir, protocol.make_records(stamp, step, dataset, result))
 
 
 def _finish(
-    config: Config, workdir: Path, saved: Path, *, stamp: dict[str, Any], started: float
+    config: Config,
+    workdir: Path,
+    saved: Path,
+    dataset: Dataset,
+    *,
+    stamp: dict[str, Any],
+    started: float,
 ) -> dict[str, Any]:
-    """Write the results, draw the contributions, and say where everything is."""
+    """Write the results, draw the contributions and the page, and say where everything is."""
     if not is_main_process():
         return {}
     rows = report.read_metrics(workdir)
@@ -200,6 +206,11 @@ def _finish(
     paths = {"checkpoint": saved, "results": results}
     if config.log.plot and (plot := plot_contributions(rows, workdir / "contributions.png")):
         paths["plot"] = plot
+    if config.log.plot:
+        try:
+            paths["page"] = write_page(workdir, dataset=dataset, config=config)
+        except UserError as error:  # a finished run does not fail for want of its page
+            _log.warning("no page: %s", error)
     print(report.recall_table(scores, untrained=untrained), flush=True)  # noqa: T201
     for name, path in paths.items():
         print(f"{name:<11}{path}", flush=True)  # noqa: T201

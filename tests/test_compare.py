@@ -56,3 +56,23 @@ def test_what_has_no_query_in_common_is_refused() -> None:
     other = records([1, 0])._replace(names=np.array(["x", "y"]))
     with pytest.raises(UserError, match="nothing to compare"):
         compare.compare(records([1, 0]), other, resamples=10, seed=0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_records_are_read_as_they_were_written(tmp_path, kept) -> None:
+    written = records([1, 0, np.nan])
+    if kept:
+        found = protocol.Neighbors(
+            np.array([[1, 0], [0, 1], [1, 0]], np.int32),
+            np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]], np.float32),
+            np.array(["x", "y"]),
+            np.array([4, 5]),
+        )
+        written = written._replace(neighbors=found)
+    read = protocol.read_records(protocol.write_records(tmp_path, written))
+    assert (read.protocol, read.step) == (written.protocol, written.step)
+    np.testing.assert_array_equal(read.names, written.names)
+    np.testing.assert_array_equal(read.values["recall@1"], written.values["recall@1"])
+    assert (read.neighbors is not None) is kept
+    for a, b in zip(read.neighbors or (), written.neighbors or (), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -38,7 +38,7 @@ def test_ideal_embedding_has_every_score_one() -> None:
     summary = result.summary()
     assert summary["recall@1"] == 1
     assert summary["queries"] == 20
-    assert "per_query" not in summary
+    assert not {"per_query", "neighbors", "similarity"} & set(summary)
 
 
 def test_adversarial_embedding_has_every_score_zero() -> None:
@@ -122,6 +122,23 @@ def test_hand_computed_query_against_gallery() -> None:
     assert result.scores["mrr"] == pytest.approx((0.5 + 1) / 2)
     assert (result.queries, result.gallery, result.lone_queries) == (3, 4, 1)
     assert result.chance == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_neighbours_are_the_ten_nearest_of_a_stable_sort(own: bool) -> None:
+    random = np.random.default_rng(4)
+    vectors = random.normal(size=(40, 8))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    labels = np.repeat(np.arange(10), 4).astype(np.int32)
+    gallery = None if own else vectors[::-1].copy()
+    result = score(vectors, labels, gallery, None if own else labels[::-1].copy())
+    similarity = vectors.astype(np.float64) @ (vectors if gallery is None else gallery).T
+    if own:
+        np.fill_diagonal(similarity, -np.inf)
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :10]
+    np.testing.assert_array_equal(result.neighbors, order)
+    expected = np.take_along_axis(similarity, order, axis=1)
+    np.testing.assert_allclose(result.similarity, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -6,9 +6,20 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 
-from mmljax.plot import _INK, plot_contributions
+from mmljax.errors import UserError
+from mmljax.plot import (
+    _INK,
+    PANELS,
+    Circle,
+    circle_figure,
+    contribution_figure,
+    plot_contributions,
+    svg_of,
+)
+from mmljax.table import tidy
 
 
 def rows_of(*names, steps=5, **constant):
@@ -27,8 +38,19 @@ def texts(svg):
 
 
 @pytest.fixture(autouse=True)
-def matplotlib():
+def libraries():
     pytest.importorskip("matplotlib", reason="needs matplotlib")
+    pytest.importorskip("pandas", reason="needs pandas")
+
+
+def seeds_of(run, levels):
+    """Runs of one label, one seed per level, whose weight of ``pair`` is the level."""
+    import pandas as pd
+
+    return pd.concat(
+        tidy(rows_of("pair", "proxy", **{"share_proxies/pair": level}), run=run, seed=seed)
+        for seed, level in enumerate(levels)
+    )
 
 
 def test_every_quantity_gets_its_panel(tmp_path):
@@ -61,10 +83,10 @@ def test_every_quantity_gets_its_panel(tmp_path):
         "positive, tuples",
         "negative, tuples",
         "Recall@1",
+        "Recall@10",
         "MAP@R",
     ):
         assert text in drawn
-    assert "Recall@10" not in drawn
 
 
 def test_missing_quantities_get_no_panel(tmp_path):
@@ -117,3 +139,94 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     assert plot_contributions(rows_of("pair"), tmp_path / "plot.png") is None
     (record,) = caplog.records
     assert "pip install 'mmljax[plot]'" in record.getMessage()
+
+
+def curves_of(figure):
+    """Per panel's title, its curves: label to values."""
+    return {
+        axes.get_title(loc="left"): {
+            line.get_label(): line.get_ydata().tolist()
+            for line in axes.lines
+            if not line.get_label().startswith("_")
+        }
+        for axes in figure.axes
+    }
+
+
+def test_several_runs_have_a_panel_per_objective_and_seeds_a_band():
+    import pandas as pd
+
+    table = pd.concat([seeds_of("a", (0.25, 0.5)), seeds_of("b", (1.0,))])
+    figure = contribution_figure(table, panels=("losses", "proxy_shares"))
+    curves = curves_of(figure)
+    assert set(curves) == {
+        "raw loss: pair",
+        "raw loss: proxy",
+        "share of the gradient at the proxies: pair",
+    }
+    share = curves["share of the gradient at the proxies: pair"]
+    assert share == {"a, 2 seeds": [0.375] * 5, "b": [1.0] * 5}
+    (band,) = figure.axes[-1].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.25, 0.5)
+
+
+def test_a_target_is_a_line_in_its_objectives_colour():
+    rows = rows_of("pair", "proxy", **{"share_proxies/pair": 0.5, "share_proxies/proxy": 0.5})
+    rows.append({"step": 0, "kind": "target", "share_proxies/proxy": 0.9})
+    figure = contribution_figure(tidy(rows, run="", seed=0), panels=("proxy_shares",))
+    (axes,) = figure.axes
+    (aim,) = (line for line in axes.lines if line.get_label().startswith("_"))
+    assert set(aim.get_ydata()) == {0.9}
+    (proxy,) = (line for line in axes.lines if line.get_label() == "proxy")
+    assert aim.get_color() == proxy.get_color()
+
+
+def test_long_curves_are_drawn_by_means_of_their_steps():
+    rows = [{"step": s, "kind": "train", "loss/pair": float(s % 2)} for s in range(1000)]
+    (curve,) = curves_of(contribution_figure(tidy(rows, run="", seed=0)))["raw loss"].values()
+    assert len(curve) == 334
+    assert curve[0] == pytest.approx(1 / 3)  # of 0, 1, 0
+
+
+def test_two_kinds_of_one_objective_look_different():
+    rows = rows_of("pair", **{"kept_positive/pair": 0.5, "kept_negative/pair": 0.1})
+    figure = contribution_figure(tidy(rows, run="", seed=0), panels=("kept",))
+    assert len({line.get_linestyle() for line in figure.axes[0].lines}) == 2
+
+
+def test_svg_is_one_element_that_is_the_same_each_time():
+    table = tidy(rows_of("pair"), run="", seed=0)
+    text, again = (svg_of(contribution_figure(table)) for _ in range(2))
+    assert text == again
+    assert text.startswith("<svg")
+    assert text.rstrip().endswith("</svg>")
+
+
+def test_an_unknown_panel_is_named():
+    with pytest.raises(UserError, match="no panel 'weight'"):
+        contribution_figure(tidy(rows_of("pair"), run="", seed=0), panels=("weight",))
+    assert "weights" in PANELS
+
+
+def test_forces_are_arrows_from_their_points_in_proportion():
+    samples = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    proxies = np.array([[0.0, -1.0], [0.6, 0.8]])
+    circle = Circle(
+        samples,
+        np.array([0, 0, 1]),
+        proxies,
+        np.array([[0.0, 4.0], [2.0, 0.0], [0.0, 0.0]]),
+        np.array([[0.0, 0.0], [-1.0, 0.0]]),
+    )
+    figure = circle_figure(
+        {
+            "some": circle,
+            "none": circle._replace(sample_forces=np.zeros((3, 2)), proxy_forces=np.zeros((2, 2))),
+        }
+    )
+    some, none = figure.axes
+    (arrows,) = (part for part in some.collections if hasattr(part, "U"))
+    assert arrows.get_offsets().tolist() == [[1, 0], [0, 1], [0.6, 0.8]]
+    assert np.stack([arrows.U, arrows.V], axis=1).tolist() == [[0, 0.5], [0.25, 0], [-0.125, 0]]
+    assert not any(hasattr(part, "U") for part in none.collections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -144,3 +145,24 @@ def test_compilations_are_expected_at_first_and_warned_of_later(
     (warning,) = warnings(caplog)
     assert "run_step" in warning
     assert reporter.rates[-1]["compilations"] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (
+            {"loss/proxy": np.nan, "loss": np.nan},
+            r"objective proxy not finite \(loss nan, weight 2,",
+        ),
+        ({"gradient_proxies/separation": np.inf}, "objective separation not finite"),
+        ({"gradient_norm/network": np.inf}, "gradient_norm/network not finite"),
+        ({"loss/pair": np.nan, "gradient_proxies/proxy": np.nan}, "objective pair not finite"),
+    ],
+)
+def test_the_objective_that_went_first_is_named(broken: dict[str, float], said: str) -> None:
+    names = ("pair", "proxy", "separation")
+    row = {"loss": 1.0, "gradient_norm/network": 1.0}
+    for name in names:
+        row |= {f"loss/{name}": 1.0, f"weight/{name}": 2.0, f"gradient_proxies/{name}": 3.0}
+    found = recorder_module.describe_broken(row | broken)
+    assert re.match(said, found)
