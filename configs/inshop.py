@@ -1,12 +1,16 @@
 """In-Shop Clothes Retrieval with a ResNet-50, 224 px, 512 dimensions.
 
-    python -m mmljax.main --config configs/inshop.py --config.data.directory=/data/inshop
+    python -m mmljax.main --config configs/inshop.py --config.data.directory=/data/inshop \
+      --config.model.pretrained=resnet50.safetensors
 
 ``data.directory`` is the folder that holds ``Img/`` and ``Eval/`` of the benchmark (the README
-says how to get it). 60 epochs of 25,882 images.
+says how to get it). 60 epochs of 25,882 images in batches of 45 x 4, AdamW at 1e-4, proxies at 100
+times that, head and proxies alone for 5 epochs: near what Proxy-Anchor (arXiv 2003.13911) and HIER
+(arXiv 2212.14258) use. The objectives are this project's.
 
+Published, not by this project: Recall@1, 10, 20 of 92.4, 98.2, 98.8 for a ResNet-50 with 512
+dimensions (HIER), 91.5, 98.1, 98.8 for a BN-Inception (Proxy-Anchor). Ours: not yet measured.
 Hardware: one accelerator with 16 GB, or more of them (batch_size divides over the devices).
-Expected time and score: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -25,5 +29,5 @@ def get_config() -> ConfigDict:
     config.optimizer.backbone = {"learning_rate": 1e-4, "weight_decay": 1e-4}
     config.optimizer.head = {"learning_rate": 1e-4, "weight_decay": 1e-4}
     config.optimizer.proxies = {"learning_rate": 1e-2, "weight_decay": 0.0}
-    config.optimizer.freeze_backbone = "1 epochs"
+    config.optimizer.freeze_backbone = "5 epochs"
     return config

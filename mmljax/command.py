@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def given_config(argv: list[str]) -> Config | None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     if _CONFIG.value is None:
+        if flags.FLAGS["config"].present:
+            raise UserError("--config: get_config() returned nothing; let it return the config")
         return None
     try:
         return config_lib.from_mapping(_CONFIG.value)
@@ -89,6 +92,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Parse and run; a user's mistake is one line on stderr and exit code 2."""
     # A config file imports its neighbours as ``configs.common``, from wherever it is run.
     sys.path.insert(0, os.getcwd())
+    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file that it writes
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
@@ -101,11 +105,27 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(_fail(_one_line(error)))
+    except Exception as error:  # a config file is a program, and may raise anything
+        sys.exit(_fail(_of_config(error) or _one_line(error)))
 
 
-def _one_line(error: Exception) -> str:
+def _of_config(error: BaseException | None) -> str:
+    """Where a config file raised what led to an error, and what that was; empty if none did."""
+    while error is not None:
+        lines = [
+            f"{frame.f_code.co_filename}, line {line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__") == "config_config"  # as ml_collections names it
+        ]
+        if isinstance(error, SyntaxError) and error.filename:
+            lines.append(f"{error.filename}, line {error.lineno}")
+        if lines:
+            return f"--config: {lines[-1]}: {type(error).__name__}: {_one_line(error)}"
+        error = error.__context__
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

@@ -316,7 +316,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         for member in arguments:
             if type(value) is member:
-                return value
+                return _coerce(member, value, path)
         return _coerce(arguments[0], value, path)
     if origin is Mapping:
         if not hasattr(value, "items"):
@@ -325,10 +325,11 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, tuple | list):
             raise UserError(f"--{path} must be a tuple, found {value!r}")
-        if arguments[-1] is Ellipsis:
+        if arguments[-1] is Ellipsis and value:
             return tuple(_coerce(arguments[0], v, path) for v in value)
-        if len(value) != len(arguments):
-            raise UserError(f"--{path} must hold {len(arguments)} values, found {value!r}")
+        if len(value) != len(arguments) or Ellipsis in arguments:
+            number = "one or more" if Ellipsis in arguments else len(arguments)
+            raise UserError(f"--{path} must hold {number} values, found {value!r}")
         return tuple(_coerce(a, v, path) for a, v in zip(arguments, value, strict=True))
     if kind is float and type(value) is int:
         value = float(value)

@@ -57,10 +57,16 @@ def read_made_from(path: Path) -> dict[str, Any]:
     Raises:
       UserError: if it is no file of embeddings.
     """
+    from pyarrow import parquet
+
     made_from = metadata(path)
-    if made_from.get("format") != FORMAT:
-        raise UserError(f"{path} holds no embeddings; make such a file by python -m mmljax.embed")
-    return made_from
+    size, rows = (made_from.get(key) for key in ("embedding_size", "rows"))
+    if made_from.get("format") == FORMAT and type(size) is int and size > 0 and type(rows) is int:
+        nothing = np.zeros((0, size), np.float32)
+        wanted = embeddings_table(np.zeros(0, str), np.zeros(0, np.int32), nothing).schema
+        if parquet.read_schema(path).equals(wanted):
+            return made_from
+    raise UserError(f"{path} holds no embeddings; make such a file by python -m mmljax.embed")
 
 
 def read_gallery(path: Path) -> Gallery:

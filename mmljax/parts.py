@@ -162,7 +162,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     """A manifest; empty, and so like no other, if it is damaged."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
 

@@ -34,6 +34,8 @@ from mmljax.progress import Progress
 
 METRICS, RESULTS = "metrics.jsonl", "results.json"
 
+_VALUES = (int, float, type(None))  # of a row: a number, or null for one that is not finite
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _TENSORFLOW = ("tensorflow", "tensorflow-cpu")  # whichever is installed
 _RECALL = re.compile(r"recall@(\d+)")
@@ -268,20 +270,31 @@ def _score_name(key: str) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Lines of a metrics file with their rows; a last line that was cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or move it away") from error
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
             return
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not _is_row(row):
             raise UserError(
                 f"{path}, line {number} is no row of metrics: {line.strip()[:60]!r}; "
                 "remove the line, or move the file away"
             )
         yield line, row
+
+
+def _is_row(row: Any) -> bool:
+    """Whether something is a step, a kind, and numbers or null."""
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        return False
+    values = [value for key, value in row.items() if key not in ("step", "kind")]
+    return type(row.get("step")) is int and all(type(v) in _VALUES for v in values)
 
 
 def _plain(value: Any) -> Any:

@@ -113,7 +113,7 @@ def _config(path: Path) -> Config:
         return from_mapping(json.loads(path.read_text(encoding="utf-8")))
     except UserError as error:
         raise UserError(f"{path} is no config of this version: {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}); restore it, or run mmljax.main with the run's config "
             "into another --workdir and copy its config.json"

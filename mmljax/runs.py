@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 
+_UNREADABLE = (OSError, ValueError, RecursionError)  # the last: of text nested without end
+
 Paths = Sequence[Path | str]
 
 
@@ -91,10 +93,7 @@ def _read(path: Path | str) -> tuple[int, list[dict[str, Any]]]:
             seed, targets = int(config["seed"]), share_targets(config)
         except UserError as error:
             raise UserError(str(error).replace(str(folder), shown)) from None
-        except (
-            *(OSError, ValueError, KeyError, TypeError, AttributeError),
-            RecursionError,
-        ) as error:
+        except (*_UNREADABLE, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{shown}/{CONFIG} is no config of a run ({type(error).__name__}); name the "
                 "--workdir of a run"
@@ -128,7 +127,7 @@ def load_run_data(run: Path, *, directory: str | None = None) -> tuple[Config, D
     path = run / CONFIG
     try:
         config = from_mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); name the --workdir of a run") from None
     if directory is not None:
         data = dataclasses.replace(config.data, directory=directory)

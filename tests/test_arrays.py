@@ -33,6 +33,9 @@ def _config(**changes: Any) -> DataConfig:
     values: dict[str, Any] = {
         "source": "arrays",
         "directory": "",
+        "check_counts": True,
+        "test_share": 0.5,
+        "corrupt": "error",
         "resize_size": 18,
         "batch_size": 16,
         "images_per_class": 4,

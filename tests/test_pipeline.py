@@ -6,6 +6,8 @@ import functools
 import io
 import math
 import threading
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ def _config(**changes: Any) -> DataConfig:
     values: dict[str, Any] = {
         "source": "in_shop",
         "directory": "",
+        "check_counts": True,
+        "test_share": 0.5,
+        "corrupt": "error",
         "image_size": 24,
         "resize_size": 28,
         "crop_scale": (0.2, 1.0),
@@ -260,6 +265,162 @@ def test_training_names_a_bad_image_when_it_meets_it(files):
     )
     with pytest.raises(UserError, match=r"image 13\.jpg"):
         list(batches)
+
+
+def _spoil(files, *numbers, contents=b"no image"):
+    for number in numbers:
+        Path(files.images[number]).write_bytes(contents)
+
+
+def test_a_corrupt_image_is_replaced_by_the_next_of_its_class(files, caplog):
+    sound = _train(files, steps=range(12))
+    good = files._replace(images=files.images.copy())
+    for bad, instead in ((13, 15), (14, 15), (17, 12)):  # class 2 is images 12 to 17
+        good.images[bad] = files.images[instead]
+    expected = _train(good, steps=range(12))
+    _spoil(files, 13, 14, 17)
+    with caplog.at_level("WARNING", "mmljax"):
+        found = _train(files, steps=range(12), corrupt="skip")
+    _assert_equal(found, expected)
+    assert any((a.images != b.images).any() for a, b in zip(found, sound, strict=True))
+    told = sorted(record.getMessage() for record in caplog.records)
+    assert [message.split()[1] for message in told] == ["13.jpg", "14.jpg", "17.jpg"]
+    assert "cannot be decoded: its 8 bytes" in told[0]
+    assert {message[-10:] for message in told} == {"(1 so far)", "(2 so far)", "(3 so far)"}
+    for changes in ({"threads": 1, "prefetch": 0}, {"threads": 4}):
+        again = _train(files, steps=range(7, 12), corrupt="skip", **changes)
+        _assert_equal(again, expected[7:])
+    parts = [_train(files, rows=r, corrupt="skip") for r in (slice(0, 3), slice(3, 8))]
+    joined = [tuple(map(np.concatenate, zip(*pair, strict=True))) for pair in zip(*parts)]  # noqa: B905
+    _assert_equal(joined, expected[:4])
+
+
+def test_a_cut_image_counts_as_corrupt_only_where_its_crop_needs_the_rest(files):
+    contents = Path(files.images[13]).read_bytes()
+    _spoil(files, 13, contents=contents[: len(contents) * 2 // 3])
+    fresh = _train(files, steps=range(20), corrupt="skip")
+    _assert_equal(_train(files, steps=range(19, 20), corrupt="skip"), fresh[19:])
+
+
+def test_a_class_without_any_sound_image_stops_the_training(files):
+    _spoil(files, *range(12, 18))
+    with pytest.raises(UserError, match=r"cannot be decoded: .*; nor can any other of its class"):
+        _train(files, steps=range(12), corrupt="skip")
+
+
+def test_what_is_not_skipped(files):
+    with pytest.raises(UserError, match="config.data.corrupt='skipp' is unknown"):
+        _train(files, corrupt="skipp")
+    _spoil(files, 13)
+    with pytest.raises(UserError, match=r"image 13\.jpg .*cannot be decoded"):
+        _eval(files, corrupt="skip")
+    Path(files.images[13]).unlink()
+    with pytest.raises(UserError, match=r"image 13\.jpg .*cannot be read"):
+        _train(files, steps=range(12), corrupt="skip")
+
+
+def _bomb(kind):
+    """The head of a small file of 60,000 x 50,000 pixels, which Pillow too reads as that."""
+    width, height = 60_000, 50_000
+    small = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(small, kind)
+    data = bytearray(small.getvalue())
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    elif kind == "PNG":
+        data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    elif kind == "GIF":
+        data[6:10] = width.to_bytes(2, "little") + height.to_bytes(2, "little")
+    else:
+        data[18:26] = width.to_bytes(4, "little") + (-height).to_bytes(4, "little", signed=True)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_an_image_that_states_too_many_pixels_is_not_decoded(files, kind, monkeypatch):
+    with warnings.catch_warnings(action="ignore"), pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(_bomb(kind)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("was decoded")
+
+    contents = tf.constant(_bomb(kind))
+    for name in ("decode_jpeg", "decode_image"):
+        monkeypatch.setattr(tf.io, name, refuse)
+    monkeypatch.setattr(tf.image, "decode_and_crop_jpeg", refuse)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too large"):
+        transforms.center_crop(contents, resize_size=28, image_size=24)
+    monkeypatch.undo()
+    _spoil(files, 13, contents=_bomb(kind))
+    with pytest.raises(UserError, match=r"13\.jpg .*states 60000 x 50000 pixels, and more"):
+        _eval(files)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_the_stated_shape_is_that_of_the_image(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(_picture(37, 300, seed=0)).save(buffer, kind)
+    contents = tf.constant(buffer.getvalue())
+    assert transforms.stated_shape(contents).numpy().tolist() == [37, 300]
+    assert tf.function(transforms.stated_shape)(contents).numpy().tolist() == [37, 300]
+    crop = transforms.center_crop(contents, resize_size=37, image_size=37)
+    assert crop.shape == (37, 37, 3)
+
+
+def test_other_kinds_of_files_are_refused(files):
+    buffer = io.BytesIO()
+    Image.fromarray(_picture(30, 30, seed=0)).save(buffer, "WEBP")
+    _spoil(files, 13, contents=buffer.getvalue())
+    with pytest.raises(UserError, match=r"13\.jpg .*are no whole JPEG, PNG, GIF or BMP image"):
+        _eval(files)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (60, 60), (200, 130), (20, 15)])
+def test_a_random_crop_against_pillow(shape):
+    image, size = _picture(*shape, seed=3), 64
+    table = np.random.default_rng(5).random((8, transforms.NUMBERS))
+    windows = _windows(*shape, table, (0.2, 1.0), (0.75, 4 / 3))
+    for numbers, (top, left, height, width) in zip(table, windows, strict=True):
+        crop = transforms.random_crop(
+            tf.constant(_png(image)),
+            tf.constant(numbers),
+            image_size=size,
+            scale=(0.2, 1.0),
+            ratio=(0.75, 4 / 3),
+            flip=True,
+        )
+        window = Image.fromarray(image[top : top + height, left : left + width])
+        expected = np.asarray(window.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+        if numbers[-1] < 0.5:
+            expected = expected[:, ::-1]
+        assert np.abs(crop.numpy() - expected).max() <= 1
+
+
+def test_paths_on_another_file_system_give_what_local_ones_give(files, tmp_path):
+    paths = [f"ram://{tmp_path.name}-{Path(path).name}" for path in files.images]
+    for path, local in zip(paths, files.images, strict=True):
+        with tf.io.gfile.GFile(path, "wb") as file:
+            file.write(Path(local).read_bytes())
+    remote = files._replace(images=np.array(paths))
+    _assert_equal(_train(remote), _train(files))
+    _assert_equal(_eval(remote), _eval(files))
+
+
+def test_batches_are_placed_one_ahead(files):
+    placed = []
+    batches = pipeline.train_batches(
+        files,
+        config=_config(),
+        seed=0,
+        steps=range(5),
+        rows=slice(8),
+        place=lambda batch: placed.append(batch) or batch,
+    )
+    for taken in range(1, 5):
+        assert next(batches) is placed[taken - 1]
+        assert len(placed) == taken + 1
 
 
 def test_a_missing_file_is_named(files):

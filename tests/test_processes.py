@@ -97,6 +97,7 @@ def test_a_process_that_dies_ends_the_others_and_one_alone_goes_on(
     started[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     code = started[1 - victim].wait(timeout=HEARTBEAT_SECONDS + 30)
+    assert started[victim].wait() == -signal.SIGKILL
     print(f"the other one ended after {time.monotonic() - begin:.1f} s with code {code}")
     assert code not in (0, None)
     assert logs(config, workdir)[1 - victim].strip()  # and says something

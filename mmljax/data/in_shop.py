@@ -1,22 +1,31 @@
 """TFDS builder of the In-Shop Clothes Retrieval benchmark, from a manual download.
 
 ``prepare`` writes the images' bytes into a few large files, which a network file system or a
-bucket serves faster than 52,712 small ones; ``sources.read_tfds`` reads them.
+bucket serves faster than 52,712 small ones; ``tfds_sources.read_tfds`` reads them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from mmljax.data.in_shop_list import SPLITS, InShopRow, read_in_shop_list
+from mmljax.config import choose
+from mmljax.data import files
+from mmljax.data.in_shop_list import (
+    BOXES,
+    SPLITS,
+    Box,
+    InShopRow,
+    read_in_shop_boxes,
+    read_in_shop_list,
+)
 from mmljax.data.sources import read_in_shop
 from mmljax.errors import UserError
 from mmljax.types import Split
@@ -29,14 +38,32 @@ IMAGES = {"train": 25_882, "query": 14_218, "gallery": 12_612}
 ITEMS = {"train": 3_997, "query": 3_985, "gallery": 3_985}
 """Items of each split; query and gallery show the same ones."""
 
+_JPEG_QUALITY = 95  # of cropped images, which must be encoded again
+
 _WHERE = (
     "ask for them as https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html says; "
     "manual_dir is the folder that holds Eval/list_eval_partition.txt and, unpacked, Img/img/"
 )
 
 
+@dataclasses.dataclass
+class InShopVariant(tfds.core.BuilderConfig):
+    """Which images of the benchmark; scores of different ones do not compare."""
+
+    images: str = "img"  # folder below Img/
+    cropped: bool = False  # to the box of the clothes
+
+
 class InShop(tfds.core.GeneratorBasedBuilder):
     """Photographs of clothes, by item; test items are unseen in training."""
+
+    BUILDER_CONFIGS = [
+        InShopVariant(name="low", description="Img/img/: the usual download, 256 px."),
+        InShopVariant(name="high", description="Img/img_highres/.", images="img_highres"),
+        InShopVariant(
+            name="cropped", description="Img/img/ cropped to the annotated boxes.", cropped=True
+        ),
+    ]
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Splits train, query and gallery; the class is the item id."}
@@ -78,37 +105,55 @@ class InShop(tfds.core.GeneratorBasedBuilder):
         rows = read_in_shop_list(directory)
         if self.check_counts:
             _check_counts(rows, directory)
+        variant = self.builder_config
+        boxes = read_in_shop_boxes(directory) if variant.cropped else None
+        if boxes is not None:
+            _check_boxes(rows, boxes, directory)
         items = {row.name: row.item for row in rows}
-        dataset = read_in_shop(directory)
-        return {split: self._generate_examples(getattr(dataset, split), items) for split in SPLITS}
+        dataset = read_in_shop(directory, images=variant.images)
+        return {
+            split: self._generate_examples(getattr(dataset, split), items, boxes)
+            for split in SPLITS
+        }
 
     def _generate_examples(
-        self, split: Split, items: dict[str, str]
+        self, split: Split, items: dict[str, str], boxes: dict[str, Box] | None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         for path, label, name in zip(*split, strict=True):
             key = str(name)
-            yield key, {"image": str(path), "item_id": items[key], "label": label, "name": key}
+            image = str(path) if boxes is None else _cropped(str(path), boxes[key])
+            yield key, {"image": image, "item_id": items[key], "label": label, "name": key}
 
 
 def prepare(
     manual_dir: str | os.PathLike[str],
     data_dir: str | os.PathLike[str],
     *,
+    variant: str = "low",
     check_counts: bool = True,
+    file_format: str = "tfrecord",
 ) -> None:
     """Write the benchmark below ``data_dir``; nothing happens if it is there already.
 
     Args:
-      manual_dir: the folder that holds ``Img/`` and ``Eval/``.
-      data_dir: TFDS's directory, later ``--config.data.directory`` of the source ``tfds_in_shop``.
+      manual_dir: the folder that holds ``Img/`` and ``Eval/``, local or remote.
+      data_dir: TFDS's directory, later ``--config.data.directory`` of the source ``tfds_in_shop``
+        (of ``tfds_in_shop_high`` and ``tfds_in_shop_cropped`` for the other variants).
+      variant: ``low`` for the images of ``Img/img/``; ``high`` for those of ``Img/img_highres/``;
+        ``cropped`` for those of ``Img/img/`` cropped to their boxes in
+        ``Anno/list_bbox_inshop.txt`` and encoded again as JPEG of quality 95, not subsampled.
       check_counts: False for a folder in In-Shop's layout that is not the benchmark.
+      file_format: ``tfrecord``, to be held in memory, or ``array_record``, to be read at random
+        from its files.
 
     Raises:
-      UserError: as ``sources.read_in_shop``, and if the counts are not the benchmark's.
+      UserError: as ``sources.read_in_shop`` and ``in_shop_list.read_in_shop_boxes``, if the counts
+        are not the benchmark's, or an image has no box.
     """
-    if not Path(manual_dir).is_dir():
+    choose({name: name for name in InShop.builder_configs}, variant, key="variant")
+    if not files.is_folder(manual_dir):
         raise UserError(f"manual_dir={os.fspath(manual_dir)!r} is no directory; {_WHERE}")
-    builder = InShop(data_dir=os.fspath(data_dir))
+    builder = InShop(data_dir=os.fspath(data_dir), config=variant, file_format=file_format)
     builder.check_counts = check_counts
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(
@@ -128,3 +173,34 @@ def _check_counts(rows: list[InShopRow], directory: str | os.PathLike[str]) -> N
                     f"has {wanted[split]}; fetch it again, or pass check_counts=False for other "
                     "data in its layout"
                 )
+
+
+def _check_boxes(
+    rows: list[InShopRow], boxes: dict[str, Box], directory: str | os.PathLike[str]
+) -> None:
+    for row in rows:
+        if row.name not in boxes:
+            raise UserError(
+                f"{files.join(directory, BOXES)} has no box of image {row.name}; fetch the list "
+                "again, or prepare another variant"
+            )
+
+
+def _cropped(path: str, box: Box) -> bytes:
+    """A JPEG of what lies in the box.
+
+    Raises:
+      UserError: if the image cannot be decoded, or none of it lies there.
+    """
+    try:
+        image = tf.io.decode_jpeg(files.read(path), channels=3, dct_method="INTEGER_ACCURATE")
+    except tf.errors.OpError as error:
+        raise UserError(f"image {path} cannot be decoded; fetch it again") from error
+    inside = image[box.top : box.bottom, box.left : box.right]
+    if not tf.size(inside):
+        raise UserError(
+            f"image {path}: its box {tuple(box)} lies beyond its {image.shape[1]} x "
+            f"{image.shape[0]} pixels; the boxes are those of the images of low resolution"
+        )
+    encoded = tf.io.encode_jpeg(inside, quality=_JPEG_QUALITY, chroma_downsampling=False)
+    return encoded.numpy()

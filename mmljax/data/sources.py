@@ -1,40 +1,40 @@
-"""Data sets as lists of images and labels, before decoding: In-Shop's layout, arrays, TFDS.
+"""Data sets as lists of images and labels, before decoding: In-Shop's layout, and arrays.
 
-No reader decodes an image, and none but ``read_tfds`` imports TensorFlow. Training classes become
-``0 .. classes - 1`` in sorted order; query and gallery share a numbering of their own.
+No reader decodes an image, and none needs TensorFlow for local files. Training classes become
+``0 .. classes - 1`` in sorted order; query and gallery share a numbering of their own. Other
+sources are in ``folders`` and ``tfds_sources``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zipfile
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from mmljax.config import choose
+from mmljax.data import files
 from mmljax.data.in_shop_list import PARTITION, SPLITS, InShopRow, read_in_shop_list
 from mmljax.errors import UserError
 from mmljax.types import Dataset, Split
 
 _FLAG = "--config.data.directory"
-_PREPARE = {"in_shop": "mmljax.data.in_shop.prepare(manual_dir, data_dir)"}
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def read_in_shop(directory: str | os.PathLike[str]) -> Dataset:
+def read_in_shop(directory: str | os.PathLike[str], *, images: str = "img") -> Dataset:
     """The In-Shop Clothes Retrieval benchmark, or any folder in its layout.
 
     Liu et al., DeepFashion (CVPR 2016). The class is the item id. Images lie in ``Img/img/`` or
     in ``img/``; every image of the list must be there.
 
     Args:
-      directory: a local folder with ``Eval/list_eval_partition.txt``.
+      directory: a folder with ``Eval/list_eval_partition.txt``.
+      images: ``img``, or ``img_highres`` for the images of high resolution, which lie in a folder
+        of that name under the same names.
 
     Returns:
       Splits of paths, in the order of the list.
@@ -43,11 +43,17 @@ def read_in_shop(directory: str | os.PathLike[str]) -> Dataset:
       UserError: if the folder, the list or an image is absent, or the list contradicts itself.
     """
     rows = read_in_shop_list(directory)
-    root = Path(directory)
-    root = root / "Img" if (root / "Img" / "img").is_dir() else root
-    _check_images(rows, root, Path(directory) / PARTITION)
-    parts = ([row for row in rows if row.split == split] for split in SPLITS)
-    return _dataset(*(_in_shop_part(part, root) for part in parts))
+    inner = files.join(directory, "Img")
+    root = inner if files.is_folder(files.join(inner, images)) else os.fspath(directory)
+    paths = [_below(row.name, images) for row in rows]
+    _check_images(rows, paths, root, files.join(directory, PARTITION))
+    whole = Part(
+        np.array([files.join(root, path) for path in paths]),
+        np.array([row.item for row in rows]),
+        np.array([row.name for row in rows]),
+    )
+    splits = np.array([row.split for row in rows])
+    return make_dataset(*(Part(*(c[splits == split] for c in whole)) for split in SPLITS))
 
 
 def count_small_classes(labels: Int[np.ndarray, " n"], *, size: int) -> int:
@@ -98,7 +104,9 @@ def read_arrays(path: str | os.PathLike[str]) -> Dataset:
             "classes must be unseen"
         )
     images = _with_channels(images)
-    return _dataset(*(_Part(images[r], labels[r], _numbered("images", r)) for r in rows if len(r)))
+    return make_dataset(
+        *(Part(images[r], labels[r], _numbered("images", r)) for r in rows if len(r))
+    )
 
 
 def from_arrays(
@@ -130,55 +138,20 @@ def from_arrays(
         if images is not None and labels is not None:
             _check_arrays(images, labels, name)
             names = _numbered(name, range(len(labels)))
-            checked.append(_Part(_with_channels(images), labels, names))
-    return _dataset(*checked)
+            checked.append(Part(_with_channels(images), labels, names))
+    return make_dataset(*checked)
 
 
-def read_tfds(builder_name: str, directory: str | os.PathLike[str]) -> Dataset:
-    """A data set that TFDS has prepared: images as the bytes of their files, all in memory.
+class Part(NamedTuple):
+    """One split as a source has it, its classes not numbered yet."""
 
-    Nothing is downloaded or prepared. CUB-200-2011 and Cars196 are split as is the custom of
-    metric learning: the first half of the classes trains, the other half tests.
-
-    Args:
-      builder_name: ``in_shop``, ``caltech_birds2011``, ``cars196``, ``stanford_online_products``.
-      directory: TFDS's ``data_dir``, which holds a folder of that name.
-
-    Raises:
-      UserError: if the builder is unknown or not prepared there.
-    """
-    layout = choose(_TFDS, builder_name, key="config.data.source")
-    parts = [_tfds_part(builder_name, directory, layout, split) for split in layout.splits]
-    if not layout.first_unseen:
-        return _dataset(*parts)
-    images, labels, names = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    seen = labels < layout.first_unseen
-    return _dataset(*(_Part(images[r], labels[r], names[r]) for r in (seen, ~seen)))
-
-
-class _Part(NamedTuple):
     images: Any  # numpy [n ...]
     labels: Any  # numpy [n], ids or numbers of any kind
     names: Any  # numpy [n] str
 
 
-class _Tfds(NamedTuple):
-    label: str  # feature that is the class
-    name: str  # feature that names an image; "" for none
-    splits: tuple[str, ...]
-    first_unseen: int  # first test class over all splits; 0 where the splits are disjoint
-
-
-_TFDS = {
-    "in_shop": _Tfds("label", "name", SPLITS, 0),
-    "caltech_birds2011": _Tfds("label", "image/filename", ("train", "test"), 100),
-    "cars196": _Tfds("label", "", ("train", "test"), 98),
-    "stanford_online_products": _Tfds("class_id", "", ("train", "test"), 0),
-}
-
-
-def _dataset(train: _Part, query: _Part, gallery: _Part | None = None) -> Dataset:
-    """Number the classes, of the training images and of the rest apart."""
+def make_dataset(train: Part, query: Part, gallery: Part | None = None) -> Dataset:
+    """A data set of its parts; classes are numbered, those of training and of the rest apart."""
     classes, train_labels = np.unique(train.labels, return_inverse=True)
     tests = [part for part in (query, gallery) if part is not None]
     _, test_labels = np.unique(np.concatenate([p.labels for p in tests]), return_inverse=True)
@@ -191,28 +164,16 @@ def _dataset(train: _Part, query: _Part, gallery: _Part | None = None) -> Datase
     )
 
 
-def _in_shop_part(rows: list[InShopRow], root: Path) -> _Part:
-    paths = np.array([str(root / row.name) for row in rows])
-    return _Part(paths, np.array([r.item for r in rows]), np.array([r.name for r in rows]))
+def _below(name: str, images: str) -> str:
+    """Where an image of the list lies: the list names all of them below ``img/``."""
+    return f"{images}/{name.removeprefix('img/')}" if name.startswith("img/") else name
 
 
-def _check_images(rows: list[InShopRow], root: Path, path: Path) -> None:
-    """Name the first absent image; one listing per folder, as a call per image takes long."""
-    files: dict[str, set[str]] = {}
-    for folder in {row.name.rpartition("/")[0] for row in rows}:
-        with (
-            contextlib.suppress(FileNotFoundError, NotADirectoryError),
-            os.scandir(root / folder) as entries,
-        ):
-            files[folder] = {entry.name for entry in entries if entry.is_file()}
-    absent = []
-    for row in rows:
-        folder, _, file = row.name.rpartition("/")
-        if file not in files.get(folder, ()):
-            absent.append(row)
-    if absent:
+def _check_images(rows: list[InShopRow], paths: list[str], root: str, where: str) -> None:
+    if absent := files.absent(root, paths):
+        first = rows[absent[0]]
         raise UserError(
-            f"image {absent[0].name} ({path}, line {absent[0].line}) is not in {root} "
+            f"image {first.name} ({where}, line {first.line}) is not in {root} "
             f"({len(absent)} of {len(rows)} are absent); unpack Img/img.zip there, or fetch the "
             "images again"
         )
@@ -237,35 +198,3 @@ def _with_channels(images: np.ndarray) -> np.ndarray:
 
 def _numbered(name: str, numbers: Iterable[int]) -> np.ndarray:
     return np.array([f"{name}[{number}]" for number in numbers])
-
-
-def _tfds_part(
-    builder_name: str, directory: str | os.PathLike[str], layout: _Tfds, split: str
-) -> _Part:
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    tf.config.set_visible_devices([], "GPU")
-    try:
-        builder = tfds.core.read_only_builder.builder_from_files(
-            builder_name, data_dir=os.fspath(directory)
-        )
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(
-            f"{_FLAG}={os.fspath(directory)!r} holds no prepared TFDS data set {builder_name!r}; "
-            f"prepare it there: {_PREPARE.get(builder_name, f'tfds build {builder_name}')}"
-        ) from error
-    features = {"image": True, layout.label: True, **({layout.name: True} if layout.name else {})}
-    rows = list(
-        builder.as_dataset(
-            split=split,
-            decoders=tfds.decode.PartialDecoding(features, {"image": tfds.decode.SkipDecoding()}),
-            read_config=tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1),
-        ).as_numpy_iterator()
-    )
-    images = np.empty(len(rows), object)
-    images[:] = [row["image"] for row in rows]
-    labels = np.array([row[layout.label] for row in rows])
-    if not layout.name:
-        return _Part(images, labels, _numbered(split, range(len(rows))))
-    return _Part(images, labels, np.array([row[layout.name].decode() for row in rows]))

@@ -1,0 +1,188 @@
+"""Time the training input: decode, random resized crop, flip, batch; against torch's DataLoader.
+
+    python -m benchmarks.input                                # 256 px JPEGs that it generates
+    python -m benchmarks.input --images data/grocery/Img      # and all the images below a folder
+
+Both sides read the same files with the same settings (area 0.16 to 1, width over height 3/4 to
+4/3, half of them mirrored, bilinear with antialiasing, 224 px, uint8) with as many threads or
+worker processes as asked. They take turns within one process; each is given by the median of its
+turns, and the ratio is that of the medians. A side's input is started before its first turn and
+idles between them; what it had made ahead by then is not counted. All files have been read
+before, so the disk has no part in it. The torch side decodes and crops with Pillow. Needs the
+extra ``peers``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import describe
+from configs import common
+from mmljax.config import DataConfig, from_mapping
+from mmljax.data.image_files import list_images
+from mmljax.types import Batch, Split
+
+GENERATED, SIDE, QUALITY = 2_000, 256, 90
+
+
+def generate(folder: Path) -> None:
+    """Write JPEGs of smooth colours under noise, about as many bytes each as a photograph."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0)
+    for number in range(GENERATED):
+        coarse = noise.integers(0, 256, (SIDE // 16, SIDE // 16, 3), np.uint8)
+        smooth = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        noisy = np.asarray(smooth) + noise.normal(0, 6, (SIDE, SIDE, 3))
+        image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+        image.save(folder / f"{number:05}.jpg", quality=QUALITY)
+
+
+def settings(threads: int, batch_size: int) -> DataConfig:
+    """The published augmentation, at the given threads and batch size."""
+    mapping = common.get_config()
+    mapping.data.threads = threads
+    mapping.data.batch_size = batch_size
+    mapping.data.images_per_class = 1
+    return from_mapping(mapping).data
+
+
+def our_batches(split: Split, config: DataConfig) -> Iterator[Batch]:
+    """Batches of this project's pipeline, left in host memory."""
+    from mmljax.data import pipeline
+
+    return pipeline.train_batches(
+        split,
+        config=config,
+        seed=0,
+        steps=range(1_000_000),
+        rows=slice(0, config.batch_size),
+        place=lambda batch: batch,
+    )
+
+
+class PillowImages:
+    """What a worker of torch's DataLoader does: images decoded, cropped and mirrored by Pillow.
+
+    The same as torchvision's RandomResizedCrop and RandomHorizontalFlip, without their overhead.
+    """
+
+    def __init__(self, paths: list[str], config: DataConfig) -> None:
+        self._paths = paths
+        self._config = config
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        size = (self._config.image_size, self._config.image_size)
+        with Image.open(self._paths[index]) as file:
+            image = file.convert("RGB")
+        image = image.crop(self._window(*image.size)).resize(size, Image.Resampling.BILINEAR)
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.array(image)
+
+    def _window(self, width: int, height: int) -> tuple[int, int, int, int]:
+        least, most = map(math.log, self._config.crop_ratio)
+        for _ in range(10):
+            area = width * height * random.uniform(*self._config.crop_scale)
+            ratio = math.exp(random.uniform(least, most))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = random.randint(0, width - w), random.randint(0, height - h)
+                return left, top, left + w, top + h
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
+
+
+def torch_batches(split: Split, config: DataConfig) -> Iterator[Any]:
+    """Batches of torch's DataLoader with as many worker processes as ours has threads."""
+    from torch.utils.data import DataLoader, RandomSampler
+
+    images = PillowImages(split.images.tolist(), config)
+    sampler = RandomSampler(images, replacement=True, num_samples=1_000_000_000)
+    loader = DataLoader(
+        images,
+        batch_size=config.batch_size,
+        sampler=sampler,
+        num_workers=config.threads,
+        prefetch_factor=2,
+        multiprocessing_context="spawn",
+    )
+    return iter(loader)
+
+
+def rate(batches: Iterator[Any], *, ahead: int, batch_size: int, seconds: float) -> float:
+    """Images per second of an input that was idle, without the batches that it had ready."""
+    for _ in itertools.islice(batches, ahead):
+        pass
+    begin, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - begin) < seconds or not count:
+        next(batches)
+        count += 1
+    return count * batch_size / took
+
+
+def compare(split: Split, config: DataConfig, *, repeats: int, seconds: float) -> str:
+    """A row of the table: images per second of both, and the ratio."""
+    size = config.batch_size
+    sides = {
+        "ours": (our_batches(split, config), config.prefetch + 2),
+        "torch": (torch_batches(split, config), 2 * config.threads + 1),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for batches, _ in sides.values():
+        next(batches)
+    for _ in range(repeats):
+        for name, (batches, ahead) in sides.items():
+            time.sleep(0.5)  # what is made ahead by now is left out of the count below
+            rates[name].append(rate(batches, ahead=ahead, batch_size=size, seconds=seconds))
+    ours, torch = (statistics.median(rates[name]) for name in sides)
+    turns = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]
+    return (
+        f"{ours:8.0f} | {torch:8.0f} | {ours / torch:5.2f} | {min(turns):.2f} to {max(turns):.2f}"
+    )
+
+
+def main() -> None:
+    """Parse, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", help="folder of JPEGs to time too")
+    parser.add_argument("--threads", type=int, default=2, help="and worker processes of torch")
+    parser.add_argument("--batch-size", type=int, default=180)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    options = parser.parse_args()
+    config = settings(options.threads, options.batch_size)
+    print(f"{describe()}; {options.threads} threads, batches of {options.batch_size}")
+    print("| images | bytes each | ours, images/s | torch, images/s | ratio | of the turns |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder))
+        for path in filter(None, (folder, options.images)):
+            split = list_images([path], flag="--images")
+            split = split._replace(labels=np.arange(len(split.labels), dtype=np.int32))
+            size = statistics.mean(len(Path(image).read_bytes()) for image in split.images)
+            row = compare(split, config, repeats=options.repeats, seconds=options.seconds)
+            what = f"generated, {SIDE} px" if path == folder else os.path.basename(path)
+            print(f"| {len(split.images)}, {what} | {size:.0f} | {row} |")
+
+
+if __name__ == "__main__":
+    main()
