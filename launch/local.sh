@@ -5,6 +5,7 @@
 #
 # What follows -- goes to every process of python -m mmljax.main. Process 0 writes to the terminal,
 # process i to LOGS/process_i.log. If one stops with an error, all are stopped, with its exit code.
+# SIGTERM reaches all of them: they save and end, with exit code 75. Ctrl-C ends them at once.
 # One process already uses all GPUs of a machine: this is for trying out what several would do.
 #
 #   --processes N        how many
@@ -39,7 +40,7 @@ done
 
 children=()
 stop_all() {
-  # Not TERM: jax.distributed keeps that signal to itself. A run that is killed can go on later.
+  # Not TERM: they could not agree on a step to save, as one of them is gone.
   if ((${#children[@]})); then
     kill -KILL "${children[@]}" || true
     wait || true
@@ -47,7 +48,7 @@ stop_all() {
 }
 trap stop_all EXIT
 trap 'exit 130' INT
-trap 'exit 143' TERM
+trap 'passed_on=true; kill -TERM "${children[@]}" 2>/dev/null || true' TERM
 
 $dry_run || mkdir -p "$logs"
 for ((i = 0; i < processes; i++)); do
@@ -70,11 +71,17 @@ for ((i = 0; i < processes; i++)); do
 done
 if $dry_run; then exit; fi
 
-for _ in "${children[@]}"; do
-  code=0
+left=$processes worst=0
+while ((left)); do
+  passed_on=false code=0
   wait -n || code=$?
-  if ((code)); then
+  if $passed_on; then continue; fi # the signal broke off the waiting; no process ended
+  left=$((left - 1))
+  if ((code && code != 75)); then
     echo "local.sh: a process stopped with code $code; see $logs/process_*.log" >&2
     exit "$code"
   fi
+  ((code == 0)) || worst=$code
 done
+children=()
+((worst == 0)) || exit "$worst"

@@ -5,12 +5,14 @@
 #
 # What follows -- goes to python -m mmljax.main. Call it from the repository's root with the
 # environment active that has mmljax; the job inherits both. The workdir must be on a file system
-# that all nodes share. A job that is requeued goes on from its last checkpoint.
+# that all nodes share. The run is asked to end NOTICE seconds before its time is over, or when Slurm
+# makes room: it saves, and the job is queued again and goes on from there. scancel ends it for good.
 #
 #   --nodes N            machines
 #   --gpus-per-node G    of each; one process for each GPU
 #   --cpus-per-gpu C     for reading images (default 8)
 #   --time LIMIT         default 24:00:00
+#   --notice SECONDS     to save in (default 300)
 #   --job-name NAME      default mmljax
 #   --partition NAME     as the cluster names it
 #   --account NAME       who pays
@@ -22,7 +24,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
 
-nodes="" gpus="" cpus=8 limit=24:00:00 name=mmljax logs=runs/slurm python=python
+nodes="" gpus="" cpus=8 limit=24:00:00 notice=300 name=mmljax logs=runs/slurm python=python
 site=()
 while (($#)); do
   case $1 in
@@ -30,6 +32,7 @@ while (($#)); do
     --gpus-per-node) needs "$@"; gpus=$2; shift 2 ;;
     --cpus-per-gpu) needs "$@"; cpus=$2; shift 2 ;;
     --time) needs "$@"; limit=$2; shift 2 ;;
+    --notice) needs "$@"; notice=$2; shift 2 ;;
     --job-name) needs "$@"; name=$2; shift 2 ;;
     --partition | --account) needs "$@"; site+=("$1=$2"); shift 2 ;;
     --logs) needs "$@"; logs=$2; shift 2 ;;
@@ -40,15 +43,20 @@ while (($#)); do
     *) fail "unknown argument '$1'; arguments of mmljax.main follow a --" ;;
   esac
 done
-for option in nodes gpus cpus; do
-  [[ ${!option} =~ ^[1-9][0-9]*$ ]] || fail "--nodes, --gpus-per-node and --cpus-per-gpu must be \
-numbers from 1, found '${!option}'"
+for option in nodes gpus cpus notice; do
+  [[ ${!option} =~ ^[1-9][0-9]*$ ]] || fail "--nodes, --gpus-per-node, --cpus-per-gpu and --notice \
+must be numbers from 1, found '${!option}'"
 done
 (($#)) || fail "nothing to run: give the arguments of mmljax.main after a --"
 
 # Every process sees all GPUs of its node and takes the one of its local rank, as jax does it.
 command=(srun "--cpus-per-task=$cpus" --kill-on-bad-exit=1
   env MMLJAX_DISTRIBUTED=1 "$python" -m mmljax.main "$@")
+# Exit code 75: saved after being asked to. The job is queued again, unless it was cancelled and so
+# runs no more. The shell of the job must outlive the signal, and the processes not inherit that.
+job="trap : TERM; $(show "${command[@]}"); code=\$?; \
+if [ \$code = 75 ] && [ -n \"\$(squeue --noheader --states=RUNNING --jobs=\$SLURM_JOB_ID)\" ]; \
+then scontrol requeue \$SLURM_JOB_ID; fi; exit \$code"
 $dry_run || mkdir -p "$logs"
 run sbatch \
   "--job-name=$name" \
@@ -57,8 +65,9 @@ run sbatch \
   "--gpus-per-node=$gpus" \
   "--cpus-per-task=$cpus" \
   "--time=$limit" \
+  "--signal=TERM@$notice" \
   "${site[@]}" \
   "--output=$logs/%x-%j.log" \
   --open-mode=append \
   --requeue \
-  --wrap "$(show "${command[@]}")"
+  --wrap "$job"

@@ -4,22 +4,24 @@
 #   launch/tpu_vm.sh ACTION --name NAME --zone ZONE [options] [-- --config configs/inshop.py ...]
 #
 # Actions, in the order of a run's life:
-#   create    make the TPU VM (it costs money until it is deleted)
-#   status    describe it, or the request for it under --queued
+#   create    ask for the TPU VM, which then waits for room (it costs money from when it is there
+#             until it is deleted)
+#   status    describe the request for it, and so whether it is there
 #   install   put this checkout's HEAD and its requirements on all workers; again after a commit
 #   run       start python -m mmljax.main with what follows -- on all workers, in the background
 #   logs      follow the output of one worker
-#   stop      end the run on all workers
+#   stop      ask the run to save and end, and wait until it has, on all workers
+#   kill      end the run at once on all workers; what came after its last checkpoint is lost
 #   fetch     copy a file or folder of worker 0 to this machine
-#   delete    delete the TPU VM; gcloud asks first
+#   delete    delete the TPU VM with its disk, and the request for it; gcloud asks first
 #
 #   --name NAME, --zone ZONE   which TPU VM; always needed
 #   --project PROJECT          default: gcloud's own
-#   --queued                   create, status, delete: through a queued resource of the same name
+#   --direct                   create, status, delete: without a queued resource of the same name
 #   --type TYPE                create: such as v5litepod-16; what a zone has:
 #                              gcloud compute tpus accelerator-types list --zone ZONE
 #   --version VERSION          create: runtime image, such as v2-alpha-tpuv5-lite
-#   --spot                     create: cheaper, may be taken away; run again to go on
+#   --spot                     create: cheaper, may be taken away; make it again to go on
 #   --worker N                 logs: default 0
 #   --from PATH, --to PATH     fetch: there (from the home directory on) and here
 #   --dry-run                  print the commands and run nothing
@@ -28,13 +30,13 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
 
-name="" zone="" type="" version="" worker=0 from="" to="" queued=false spot=() project=()
+name="" zone="" type="" version="" worker=0 from="" to="" direct=false spot=() project=()
 action=${1:-}
 case $action in
-  create | status | install | run | logs | stop | fetch | delete) shift ;;
+  create | status | install | run | logs | stop | kill | fetch | delete) shift ;;
   --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
-  *) fail "the first argument must be create, status, install, run, logs, stop, fetch or delete, \
-found '$action'; see --help" ;;
+  *) fail "the first argument must be create, status, install, run, logs, stop, kill, fetch or \
+delete, found '$action'; see --help" ;;
 esac
 while (($#)); do
   case $1 in
@@ -46,7 +48,7 @@ while (($#)); do
     --worker) needs "$@"; worker=$2; shift 2 ;;
     --from) needs "$@"; from=$2; shift 2 ;;
     --to) needs "$@"; to=$2; shift 2 ;;
-    --queued) queued=true; shift ;;
+    --direct) direct=true; shift ;;
     --spot) spot=(--spot); shift ;;
     --dry-run) dry_run=true; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
@@ -70,19 +72,19 @@ on_workers() { # workers, command
 case $action in
   create)
     [[ -n $type && -n $version ]] || fail "create needs --type and --version; see --help"
-    if $queued; then
-      run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" \
-        "--accelerator-type=$type" "--runtime-version=$version" "${spot[@]}"
-    else
+    if $direct; then
       run "${tpu[@]}" create "$name" "${where[@]}" \
         "--accelerator-type=$type" "--version=$version" "${spot[@]}"
+    else
+      run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" \
+        "--accelerator-type=$type" "--runtime-version=$version" "${spot[@]}"
     fi
     ;;
   status)
-    if $queued; then
-      run "${queue[@]}" describe "$name" "${where[@]}"
-    else
+    if $direct; then
       run "${tpu[@]}" describe "$name" "${where[@]}"
+    else
+      run "${queue[@]}" describe "$name" "${where[@]}"
     fi
     ;;
   install)
@@ -107,18 +109,24 @@ MMLJAX_DISTRIBUTED=1 nohup .venv/bin/python -m mmljax.main $(show "$@") \
     ;;
   logs) on_workers "$worker" "tail -n 100 -F mmljax/run.log" ;;
   stop)
-    # Not TERM: jax.distributed keeps that signal to itself. The run goes on from its checkpoint.
-    on_workers all "kill -KILL \$(cat mmljax/run.pid)"
+    # A worker may hear of it from another one, and be gone already.
+    on_workers all "pid=\$(cat mmljax/run.pid); kill -TERM \$pid 2>/dev/null; \
+for _ in \$(seq 600); do kill -0 \$pid 2>/dev/null || exit 0; sleep 1; done; \
+echo 'still saving after 10 minutes; wait, or use kill' >&2; exit 1"
     ;;
+  kill) on_workers all "kill -KILL \$(cat mmljax/run.pid)" ;;
   fetch)
     [[ -n $from && -n $to ]] || fail "fetch needs --from and --to; see --help"
     run "${tpu[@]}" scp --recurse "$name:$from" "$to" "${where[@]}" --worker=0
     ;;
   delete)
-    if $queued; then
-      run "${queue[@]}" delete "$name" "${where[@]}" --force
-    else
+    what="the TPU VM $name with its disk, ${where[*]}"
+    if $direct; then
+      printf '# deletes %s\n' "$what"
       run "${tpu[@]}" delete "$name" "${where[@]}"
+    else
+      printf '# deletes the queued resource %s and %s\n' "$name" "$what"
+      run "${queue[@]}" delete "$name" "${where[@]}" --force
     fi
     ;;
 esac

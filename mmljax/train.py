@@ -25,7 +25,7 @@ from mmljax.page import write_page
 from mmljax.plot import plot_contributions
 from mmljax.preemption import Preemption
 from mmljax.recorder import Recorder
-from mmljax.types import Dataset, Split, TrainState
+from mmljax.types import Dataset, TrainState
 
 _log = logging.getLogger(__name__)
 

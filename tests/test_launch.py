@@ -10,22 +10,28 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
+
+from mmljax.errors import Preempted
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = ("local.sh", "slurm.sh", "tpu_vm.sh")
+SCRIPTS = ("local.sh", "slurm.sh", "tpu_vm.sh", "jobset.sh")
 HARD = ["--config", "configs/quickstart.py", "--workdir", 'a b/it\'s $HOME; `x` "*"', "", "\\\n"]
 TPU = ["--name", "my-tpu", "--zone", "us-west4-a"]
+JOBSET = json.loads((ROOT / "tests" / "jobset.schema.json").read_text())
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
 def launch(script, *arguments, **environment):
     return subprocess.run(
-        [str(LAUNCH / script), *arguments],
+        [f"launch/{script}", *arguments],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": "/tmp", **environment},
         capture_output=True,
@@ -65,117 +71,58 @@ def recorded(record):
 
 # What --dry-run prints.
 
-GOLDEN = {
-    "local": (
-        "local.sh --processes 2 --dry-run -- --config configs/quickstart.py --workdir 'runs/a b'",
-        """\
-env MMLJAX_COORDINATOR=localhost:12421 MMLJAX_NUM_PROCESSES=2 MMLJAX_PROCESS_ID=0 \
-JAX_PLATFORMS=cpu python -m mmljax.main --config configs/quickstart.py --workdir 'runs/a b'
-env MMLJAX_COORDINATOR=localhost:12421 MMLJAX_NUM_PROCESSES=2 MMLJAX_PROCESS_ID=1 \
-JAX_PLATFORMS=cpu python -m mmljax.main --config configs/quickstart.py --workdir 'runs/a b'
-""",
-    ),
-    "local on GPUs": (
-        "local.sh --dry-run --processes 1 --devices gpu --port 99 --python python3.12 -- --help",
-        """\
-env MMLJAX_COORDINATOR=localhost:99 MMLJAX_NUM_PROCESSES=1 MMLJAX_PROCESS_ID=0 \
-CUDA_VISIBLE_DEVICES=0 python3.12 -m mmljax.main --help
-""",
-    ),
-    "slurm": (
-        "slurm.sh --nodes 2 --gpus-per-node 8 --dry-run -- --config configs/inshop.py",
-        """\
-sbatch --job-name=mmljax --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 \
---time=24:00:00 --output=runs/slurm/%x-%j.log --open-mode=append --requeue \
---wrap 'srun --cpus-per-task=8 --kill-on-bad-exit=1 env MMLJAX_DISTRIBUTED=1 \
-python -m mmljax.main --config configs/inshop.py'
-""",
-    ),
-    "slurm with all options": (
-        "slurm.sh --nodes 1 --gpus-per-node 4 --cpus-per-gpu 12 --time 1:00:00 --job-name cub"
-        " --partition a100 --account 'the lab' --logs logs --python env/bin/python --dry-run"
-        " -- --workdir '/s/a b'",
-        """\
-sbatch --job-name=cub --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=12 \
---time=1:00:00 --partition=a100 '--account=the lab' --output=logs/%x-%j.log --open-mode=append \
---requeue --wrap 'srun --cpus-per-task=12 --kill-on-bad-exit=1 env MMLJAX_DISTRIBUTED=1 \
-env/bin/python -m mmljax.main --workdir '\\''/s/a b'\\'''
-""",
-    ),
-    "create": (
-        "tpu_vm.sh create --name my-tpu --zone us-west4-a --type v5litepod-16"
-        " --version v2-alpha-tpuv5-lite --spot --dry-run",
-        """\
-gcloud compute tpus tpu-vm create my-tpu --zone=us-west4-a --accelerator-type=v5litepod-16 \
---version=v2-alpha-tpuv5-lite --spot
-""",
-    ),
-    "create, queued": (
-        "tpu_vm.sh create --name my-tpu --zone us-west4-a --project shop --type v5litepod-16"
-        " --version v2-alpha-tpuv5-lite --queued --dry-run",
-        """\
-gcloud compute tpus queued-resources create my-tpu --node-id=my-tpu --zone=us-west4-a \
---project=shop --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite
-""",
-    ),
-    "status": (
-        "tpu_vm.sh status --name my-tpu --zone us-west4-a --dry-run",
-        "gcloud compute tpus tpu-vm describe my-tpu --zone=us-west4-a\n",
-    ),
-    "install": (
-        "tpu_vm.sh install --name my-tpu --zone us-west4-a --dry-run",
-        f"""\
-git -C {shlex.quote(str(LAUNCH))}/.. bundle create --quiet /tmp/mmljax-my-tpu.bundle HEAD
-gcloud compute tpus tpu-vm scp /tmp/mmljax-my-tpu.bundle my-tpu:mmljax.bundle --zone=us-west4-a \
---worker=all
-gcloud compute tpus tpu-vm ssh my-tpu --zone=us-west4-a --worker=all '--command=set -e; \
-git init --quiet mmljax; cd mmljax; git fetch --quiet ../mmljax.bundle HEAD; \
-git checkout --quiet --detach FETCH_HEAD; python3 -m pip install --quiet --user uv; \
-python3 -m uv venv --quiet --allow-existing --python 3.12 .venv; \
-python3 -m uv pip install --quiet --python .venv/bin/python -e '\\''.[data,plot,tpu]'\\'''
-""",
-    ),
-    "run": (
-        "tpu_vm.sh run --name my-tpu --zone us-west4-a --dry-run -- --config configs/inshop.py",
-        """\
-gcloud compute tpus tpu-vm ssh my-tpu --zone=us-west4-a --worker=all '--command=set -e; \
-cd mmljax; if [ -f run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; \
-then echo '\\''a run is going on; stop it first'\\'' >&2; exit 1; fi; \
-MMLJAX_DISTRIBUTED=1 nohup .venv/bin/python -m mmljax.main --config configs/inshop.py \
->>run.log 2>&1 </dev/null & echo $! >run.pid'
-""",
-    ),
-    "logs": (
-        "tpu_vm.sh logs --name my-tpu --zone us-west4-a --worker 3 --dry-run",
-        "gcloud compute tpus tpu-vm ssh my-tpu --zone=us-west4-a --worker=3 "
-        "'--command=tail -n 100 -F mmljax/run.log'\n",
-    ),
-    "stop": (
-        "tpu_vm.sh stop --name my-tpu --zone us-west4-a --dry-run",
-        "gcloud compute tpus tpu-vm ssh my-tpu --zone=us-west4-a --worker=all "
-        "'--command=kill -KILL $(cat mmljax/run.pid)'\n",
-    ),
-    "fetch": (
-        "tpu_vm.sh fetch --name my-tpu --zone us-west4-a --from mmljax/runs --to 'my runs'"
-        " --dry-run",
-        "gcloud compute tpus tpu-vm scp --recurse my-tpu:mmljax/runs 'my runs' --zone=us-west4-a "
-        "--worker=0\n",
-    ),
-    "delete": (
-        "tpu_vm.sh delete --name my-tpu --zone us-west4-a --dry-run",
-        "gcloud compute tpus tpu-vm delete my-tpu --zone=us-west4-a\n",
-    ),
-    "delete, queued": (
-        "tpu_vm.sh delete --name my-tpu --zone us-west4-a --queued --dry-run",
-        "gcloud compute tpus queued-resources delete my-tpu --zone=us-west4-a --force\n",
-    ),
+ON = "--name my-tpu --zone us-west4-a"
+PODS = "--name my-run --image registry/mmljax:1 --hosts 4 --claim images"
+DRY_RUNS = {  # by the name of the golden file
+    "local": "local.sh --processes 2 --dry-run -- --config configs/quickstart.py",
+    "local_gpu": "local.sh --dry-run --processes 1 --devices gpu --port 99 --python 'my env/python'"
+    " -- --help",
+    "local_hard": ["local.sh", "--processes", "1", "--dry-run", "--", *HARD],
+    "slurm": "slurm.sh --nodes 2 --gpus-per-node 8 --dry-run -- --config configs/inshop.py",
+    "slurm_options": "slurm.sh --nodes 1 --gpus-per-node 4 --cpus-per-gpu 12 --time 1:00:00"
+    " --notice 60 --job-name cub --partition a100 --account 'the lab' --logs logs"
+    " --python env/bin/python --dry-run -- --workdir '/s/a b'",
+    "slurm_hard": ["slurm.sh", "--nodes", "1", "--gpus-per-node", "1", "--dry-run", "--", *HARD],
+    "tpu_create": f"tpu_vm.sh create {ON} --project shop --type v5litepod-16"
+    " --version v2-alpha-tpuv5-lite --dry-run",
+    "tpu_create_direct": f"tpu_vm.sh create {ON} --type v5litepod-8 --version v2-alpha-tpuv5-lite"
+    " --spot --direct --dry-run",
+    "tpu_status": f"tpu_vm.sh status {ON} --dry-run",
+    "tpu_install": f"tpu_vm.sh install {ON} --dry-run",
+    "tpu_run": f"tpu_vm.sh run {ON} --dry-run -- --config configs/inshop.py",
+    "tpu_run_hard": ["tpu_vm.sh", "run", *TPU, "--dry-run", "--", *HARD],
+    "tpu_logs": f"tpu_vm.sh logs {ON} --worker 3 --dry-run",
+    "tpu_stop": f"tpu_vm.sh stop {ON} --dry-run",
+    "tpu_kill": f"tpu_vm.sh kill {ON} --dry-run",
+    "tpu_fetch": f"tpu_vm.sh fetch {ON} --from mmljax/runs --to 'my runs' --dry-run",
+    "tpu_delete": f"tpu_vm.sh delete {ON} --project shop --dry-run",
+    "tpu_delete_direct": f"tpu_vm.sh delete {ON} --direct --dry-run",
+    "jobset_gpu": f"jobset.sh {PODS} --gpus 8 --dry-run -- --config configs/inshop.py"
+    " --workdir /shared/run",
+    "jobset_tpu": f"jobset.sh {PODS} --tpus 4 --mount '/the data' --directory /src --grace 25"
+    " --restarts 0 --python python3.12 --namespace vision"
+    " --select cloud.google.com/gke-tpu-accelerator=tpu-v5-lite-podslice"
+    " --select cloud.google.com/gke-tpu-topology=4x4 --dry-run -- --config configs/inshop.py",
+    "jobset_hard": ["jobset.sh", *PODS.split(), "--gpus", "1", "--dry-run", "--", *HARD],
 }
 
 
-@pytest.mark.parametrize("case", GOLDEN)
-def test_dry_run_prints_the_commands(case):
-    line, expected = GOLDEN[case]
-    assert dry(*shlex.split(line)) == expected
+def dry_run(case):
+    words = DRY_RUNS[case]
+    return dry(*(shlex.split(words) if isinstance(words, str) else words))
+
+
+@pytest.mark.parametrize("case", DRY_RUNS)
+def test_dry_run_prints_what_the_golden_file_has(case):
+    """After a change on purpose: REFRESH_GOLDEN=1 pytest -n 0 tests/test_launch.py; git diff."""
+    golden, printed = ROOT / "tests" / "golden" / f"{case}.txt", dry_run(case)
+    if os.environ.get("REFRESH_GOLDEN"):
+        golden.write_text(printed)
+    assert printed == golden.read_text()
+
+
+def test_every_golden_file_is_compared():
+    assert {path.stem for path in (ROOT / "tests" / "golden").iterdir()} == DRY_RUNS.keys()
 
 
 @pytest.mark.parametrize(
@@ -191,6 +138,16 @@ def test_dry_run_prints_the_commands(case):
         ("slurm.sh --nodes 2 -- --config c.py", "--gpus-per-node"),
         ("slurm.sh --nodes 2 --gpus-per-node 8", "after a --"),
         ("slurm.sh --nodes 2 --gpus 8 -- x", "'--gpus'"),
+        ("slurm.sh --nodes 2 --gpus-per-node 8 --notice soon -- x", "found 'soon'"),
+        ("jobset.sh --image i --hosts 1 --claim c --gpus 8 -- x", "--name"),
+        ("jobset.sh --name a --hosts 1 --claim c --gpus 8 -- x", "--image"),
+        ("jobset.sh --name a --image i --hosts 1 --gpus 8 -- x", "--claim"),
+        ("jobset.sh --name a --image i --hosts 1 --claim c -- x", "--gpus or --tpus"),
+        ("jobset.sh --name a --image i --hosts 0 --claim c --gpus 8 -- x", "found '0'"),
+        ("jobset.sh --name a --image i --hosts 1 --claim c --gpus 8 --tpus 4 -- x", "one of"),
+        ("jobset.sh --name a --image i --hosts 1 --claim c --gpus 8 --select x -- x", "'x'"),
+        ("jobset.sh --name a --image i --hosts 1 --claim c --gpus 8 -- \a", "control character"),
+        ("jobset.sh --name a --image i --hosts 1 --claim c --gpus 8", "after a --"),
         ("tpu_vm.sh", "first argument"),
         ("tpu_vm.sh destroy --name a --zone b", "'destroy'"),
         ("tpu_vm.sh delete --zone us-west4-a", "--name"),
@@ -204,7 +161,7 @@ def test_dry_run_prints_the_commands(case):
 )
 def test_mistakes_are_one_line_and_run_nothing(tmp_path, line, words):
     record = tmp_path / "record"
-    for tool in ("gcloud", "sbatch", "python"):
+    for tool in ("gcloud", "kubectl", "sbatch", "python"):
         recorder(tmp_path / "bin" / tool, record)
     done = launch(*shlex.split(line), PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert done.returncode == 2
@@ -300,9 +257,31 @@ def test_local_processes_find_each_other(tmp_path):
     assert (tmp_path / "logs" / "process_1.log").read_text().endswith("1 2 2\n")
 
 
-def test_slurm_hands_the_arguments_through_sbatch_and_srun(tmp_path):
-    record = tmp_path / "record"
-    recorder(tmp_path / "bin" / "python", record)
+def test_local_passes_sigterm_on_and_waits_for_all(tmp_path):
+    place = shlex.quote(str(tmp_path))
+    python = program(
+        tmp_path / "python",
+        "#!/usr/bin/env bash\n"
+        f"cd {place}\n"
+        "trap 'sleep 0.$MMLJAX_PROCESS_ID; echo saved >$MMLJAX_PROCESS_ID; exit 75' TERM\n"
+        "echo >up$MMLJAX_PROCESS_ID\n"
+        "while :; do sleep 0.02; done\n",
+    )
+    options = ["--processes", "3", "--logs", str(tmp_path / "logs"), "--python", str(python)]
+    command = ["launch/local.sh", *options, "--", "x"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+        while not all((tmp_path / f"up{i}").exists() for i in range(3)):
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.terminate()
+        assert running.stderr.read() == ""
+    assert running.returncode == 75
+    assert [(tmp_path / str(i)).read_text() for i in range(3)] == ["saved\n"] * 3
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Slurm's programs: a job runs here, its processes end by ``python``, requests are recorded."""
     program(
         tmp_path / "bin" / "srun",
         '#!/bin/sh\nwhile case $1 in -*) ;; *) false; esac; do shift; done; exec "$@"\n',
@@ -311,12 +290,144 @@ def test_slurm_hands_the_arguments_through_sbatch_and_srun(tmp_path):
         tmp_path / "bin" / "sbatch",
         '#!/bin/sh\nwhile [ "$1" != --wrap ]; do shift; done\nexec sh -c "$2"\n',
     )
-    options = ["--nodes", "1", "--gpus-per-node", "1", "--logs", str(tmp_path / "my logs")]
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    done = launch("slurm.sh", *options, "--", *HARD, PATH=path)
+    recorder(tmp_path / "bin" / "scontrol", tmp_path / "requests")
+
+    def submit(python, *arguments, state="RUNNING"):
+        program(tmp_path / "bin" / "python", python)
+        program(
+            tmp_path / "bin" / "squeue",
+            f'#!/bin/sh\ncase "$*" in *--states={state}*--jobs=7*) echo 7 batch;; esac\n',
+        )
+        options = ["--nodes", "1", "--gpus-per-node", "1", "--logs", str(tmp_path / "my logs")]
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        return launch("slurm.sh", *options, "--", *arguments, PATH=path, SLURM_JOB_ID="7")
+
+    return submit
+
+
+def test_slurm_hands_the_arguments_through_sbatch_and_srun(cluster, tmp_path):
+    record = tmp_path / "record"
+    done = cluster(recorder(tmp_path / "python", record).read_text(), *HARD)
     assert (done.returncode, done.stderr) == (0, "")
     assert recorded(record) == [[["-m", "mmljax.main", *HARD], {"MMLJAX_DISTRIBUTED": "1"}]]
     assert (tmp_path / "my logs").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [(75, "RUNNING", True), (75, "CANCELLED", False), (1, "RUNNING", False), (0, "RUNNING", False)],
+)
+def test_slurm_queues_a_job_again_that_saved_and_was_not_cancelled(
+    cluster, tmp_path, code, state, requeued
+):
+    # The signal reaches the shell of the job too, and what that has started must not ignore it.
+    asked = "kill -TERM $PPID\nsh -c 'kill -TERM $$; echo ignored >&2'\n"
+    done = cluster(f"#!/bin/sh\n{asked}exit {code}\n", "x", state=state)
+    assert done.returncode == code
+    assert "ignored" not in done.stderr
+    requests = tmp_path / "requests"
+    assert (recorded(requests) if requests.exists() else []) == [[["requeue", "7"], {}]] * requeued
+
+
+# The manifest.
+
+MANIFESTS = [case for case in DRY_RUNS if case.startswith("jobset")]
+
+
+def manifest(case):
+    return yaml.safe_load(dry_run(case))
+
+
+def pods(found):
+    return found["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_manifest_is_of_the_schema(case):
+    jsonschema.validate(manifest(case), JOBSET)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("kind",), "Job"),
+        (("spec", "failurePolicy", "rules", 0, "action"), "Restart"),
+        (("spec", "replicatedJobs", 0, "template", "spec", "completions"), "4"),
+        (("spec", "replicatedJobs", 0, "template", "spec", "retries"), 4),
+    ],
+)
+def test_the_schema_can_tell(path, value):
+    broken = manifest("jobset_gpu")
+    place = broken
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, JOBSET)
+
+
+def expanded(text):
+    """What a container gets: Kubernetes reads ``$$`` as ``$``, and ``$(X)`` as a variable."""
+    assert "$(" not in text.replace("$$", "")
+    return text.replace("$$", "$")
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_manifest_hands_on_the_arguments(case):
+    (container,) = pods(manifest(case))["template"]["spec"]["containers"]
+    words = DRY_RUNS[case]
+    words = shlex.split(words) if isinstance(words, str) else words
+    arguments = words[words.index("--") + 1 :]
+    assert [expanded(word) for word in container["command"][1:]] == [
+        "-m",
+        "mmljax.main",
+        *arguments,
+    ]
+
+
+def test_manifest_tells_every_pod_its_place():
+    found = manifest("jobset_gpu")
+    job, name = pods(found), found["metadata"]["name"]
+    (container,) = job["template"]["spec"]["containers"]
+    place, count, index = container["env"]
+    # <jobset>-<replicated job>-<job>-<pod>.<network>, which has the JobSet's name
+    (replicated,) = found["spec"]["replicatedJobs"]
+    port = container["ports"][0]["containerPort"]
+    host = f"{name}-{replicated['name']}-0-0.{name}"
+    assert place == {"name": "MMLJAX_COORDINATOR", "value": f"{host}:{port}"}
+    assert found["spec"]["network"] == {"enableDNSHostnames": True}
+    assert count == {"name": "MMLJAX_NUM_PROCESSES", "value": str(job["completions"])}
+    assert index["name"] == "MMLJAX_PROCESS_ID"
+    assert "job-completion-index" in index["valueFrom"]["fieldRef"]["fieldPath"]
+    assert (job["completionMode"], job["parallelism"]) == ("Indexed", job["completions"])
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+def test_manifest_tries_again_what_can_succeed():
+    found = manifest("jobset_gpu")
+    job = pods(found)
+    rules = {
+        code: rule["action"]
+        for rule in job["podFailurePolicy"]["rules"]
+        for code in rule["onExitCodes"]["values"]
+    }
+    assert rules == {Preempted.EXIT_CODE: "Ignore", 2: "FailJob"}
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # as a podFailurePolicy demands
+    assert job["backoffLimit"] == 0  # any other failure restarts all pods
+    (rule,) = found["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+def test_jobset_hands_the_manifest_to_kubectl(tmp_path):
+    record = tmp_path / "record"
+    program(
+        tmp_path / "bin" / "kubectl",
+        f'#!/bin/sh\n{{ echo "# kubectl $*"; cat; }} >{shlex.quote(str(record))}\n',
+    )
+    words = [word for word in DRY_RUNS["jobset_hard"] if word != "--dry-run"]
+    done = launch(*words, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert record.read_text() == dry_run("jobset_hard")
 
 
 @pytest.fixture
@@ -354,14 +465,19 @@ def worker(tmp_path):
     return act
 
 
-def test_tpu_run_hands_the_arguments_to_the_worker_once_until_it_is_stopped(worker, tmp_path):
+@pytest.mark.parametrize("action", ["stop", "kill"])
+def test_tpu_run_hands_the_arguments_to_the_worker_once_until_it_ends(worker, tmp_path, action):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     program(
         worker.home / "mmljax/.venv/bin/python",
         f"#!{sys.executable}\n"
         "import json, os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # as jax.distributed does
+        "def save(*_):\n"
+        "    time.sleep(0.2)\n"
+        "    print('saved', file=file)\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
         f"with open({str(fifo)!r}, 'w') as file:\n"
         "    print(json.dumps([sys.argv[1:], os.environ['MMLJAX_DISTRIBUTED']]), file=file)\n"
         "    file.flush()\n"
@@ -375,8 +491,9 @@ def test_tpu_run_hands_the_arguments_to_the_worker_once_until_it_is_stopped(work
         second = worker("run", "--", *HARD)
         assert second.returncode == 1
         assert "stop it first" in second.stderr
-        assert worker("stop").returncode == 0
-        assert file.read() == ""  # its end comes when the worker is gone
+        assert worker(action).returncode == 0
+        assert file.read() == ("saved\n" if action == "stop" else "")  # ends when the worker does
+    assert worker("stop").returncode == 0  # of one that is gone
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

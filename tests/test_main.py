@@ -44,7 +44,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["--config.combination.name=shares"], ["'shares'", "'share'"]),
         (["--config.objectives.pair.mining.rule=any"], ["rule='any'", "either"]),
         (["--config.data.directory=/nowhere/x.npz"], ["/nowhere/x.npz", "--config.data.directory"]),
-        (["--config.data.source=folder"], ["'folder'", "in_shop"]),
+        (["--config.data.source=album"], ["'album'", "in_shop"]),
         (["--confg=x"], ["confg"]),
         (["extra"], ["'extra'"]),
     ],

@@ -1,0 +1,126 @@
+"""The documentation builds without a warning, and its tutorial runs as it is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import runs
+from mmljax.config import SyntheticConfig
+
+DOCS = runs.ROOT / "docs"
+PHOTOGRAPHS = runs.ROOT.parent / "shared" / "data" / "grocery" / "grocery_inshop.zip"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason="needs pip install 'mmljax[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=runs.ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+class Page(HTMLParser):
+    """The addresses that a page loads by itself, and the anchors that it has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.anchors |= {found["id"]} if found.get("id") else set()
+        if tag in ("script", "img") and found.get("src"):
+            self.loaded.append(found["src"])
+        if tag == "link" and found.get("rel") in ("stylesheet", "icon"):
+            self.loaded.append(found["href"])
+
+
+def test_every_page_is_in_the_site_and_loads_nothing_from_elsewhere(site):
+    for source in DOCS.rglob("*.md"):
+        place = source.relative_to(DOCS).with_suffix("")
+        path = site / ("" if place.name == "index" else place) / "index.html"
+        page = Page(path)
+        assert page.loaded
+        assert not [address for address in page.loaded if "//" in address], source
+
+
+def test_the_reference_has_what_the_docstrings_say(site):
+    objectives = site / "reference" / "objectives" / "index.html"
+    assert "mmljax.objectives.pair.multi_similarity_loss" in Page(objectives).anchors
+    assert "Multi-Similarity" in objectives.read_text()
+
+
+def photographs(folder: Path) -> None:
+    """Class folders of the photographs that are at hand, or of drawn ones."""
+    if PHOTOGRAPHS.exists():
+        with zipfile.ZipFile(PHOTOGRAPHS) as archive:
+            for name in archive.namelist():
+                parts = name.split("/")
+                if parts[:2] == ["Img", "img"] and parts[-1].endswith(".jpg"):
+                    path = folder / "-".join(parts[2:-1]) / parts[-1]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(archive.read(name))
+        return
+    from mmljax.data.synthetic import write_synthetic
+
+    write_synthetic(folder.parent / "drawn", SyntheticConfig(60, 40, 8, 64, 0))
+    for path in (folder.parent / "drawn").rglob("*.jpg"):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.parent.name / path.name)
+
+
+def test_the_ten_commands_of_the_tutorial(tmp_path):
+    blocks = re.findall(
+        r"<!-- tutorial -->\n```bash\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S
+    )
+    assert len(blocks) == 10
+    photographs(tmp_path / "photos")
+    (tmp_path / "configs").symlink_to(runs.ROOT / "configs")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = runs.environment(PATH=path, PYTHONPATH=str(runs.ROOT))
+    printed = []
+    for number, block in enumerate(blocks, 1):
+        done = subprocess.run(
+            ["bash", "-c", block],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            check=False,
+        )
+        assert done.returncode == 0, f"command {number}: {done.stderr}"
+        printed.append(done.stdout)
+    results = runs.results(tmp_path / "runs" / "three")
+    assert results["scores"]["recall@1"] > results["untrained"]["recall@1"] > 0
+    assert "recall@1" in printed[4]
+    first = printed[7].splitlines()[1].split()
+    assert first[0] == first[3]  # a photograph is nearest to itself
+    for name in (
+        "failures.html",
+        "photos.parquet",
+        "runs/three/look.parquet",
+        "exported/receipt.json",
+    ):
+        assert (tmp_path / name).stat().st_size
