@@ -25,8 +25,6 @@ TORN = "torn"  # folder of checkpoints that could not be read
 
 _log = logging.getLogger(__name__)
 
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError)  # orbax, tensorstore
-
 
 class Checkpoints:
     """The checkpoints of one run, by step.
@@ -219,7 +217,9 @@ class PartialCheckpoint:
         try:
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
                 yield reader
-        except _UNREADABLE as error:
+        except UserError:
+            raise
+        except Exception as error:  # damaged arrays make orbax raise almost anything
             raise UserError(
                 f"checkpoint {self._path} cannot be read ({_one_line(error)}); name another --step "
                 "of this run"

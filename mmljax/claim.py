@@ -81,7 +81,7 @@ def _check_config(workdir: Path, config: Config) -> None:
     try:
         before = json.loads(path.read_text()) if path.exists() else now
         report.write_atomically(path, json.dumps(before, indent=2))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
     if changed := differences(before, now):
         raise UserError(

@@ -39,13 +39,25 @@ def make_embed(graphdef: nnx.GraphDef) -> Embed:
 def embed_batches(
     embed: Callable[[Array], Array], batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings ``[n d]`` and labels ``[n]`` of all valid rows, in order, on the host."""
+    """Embeddings ``[n d]`` and labels ``[n]`` of all valid rows, in order, on the host.
+
+    Raises:
+      UserError: if an embedding is not finite: the network has been trained to pieces.
+    """
     vectors, labels = [], []
     for batch in batches:
         valid = to_host(batch.valid)
         vectors.append(to_host(embed(batch.images))[valid])
         labels.append(to_host(batch.labels)[valid])
-    return np.concatenate(vectors), np.concatenate(labels)
+    every = np.concatenate(vectors)
+    if not np.all(np.isfinite(every)):
+        rows = int(np.sum(~np.isfinite(every).all(axis=1)))
+        raise UserError(
+            f"{rows} of {len(every)} embeddings are not finite, so nothing can be ranked; the last "
+            "checkpoint is kept: lower --config.optimizer.*.learning_rate or set "
+            "--config.optimizer.clip_norm"
+        )
+    return every, np.concatenate(labels)
 
 
 class Retrieval(NamedTuple):

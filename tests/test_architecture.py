@@ -37,9 +37,9 @@ LAYERS = (  # a module imports only from its own layer and those above it in thi
     (
         *("checkpoints", "claim", "preemption", "plot", "progress", "rates", "report"),
         *("recorder", "protocol", "parts"),
-        *("table", "runs", "thumbnails", "offline", "page"),
+        *("restore", "table", "runs", "thumbnails", "offline", "page"),
     ),
-    ("train", "restore", "gallery", "checks", "command"),
+    ("train", "gallery", "checks", "command"),
     ("main", "doctor", "compare", "embed", "search", "export", "look", "prepare"),
 )
 LIBRARY_IMPORTS = sys.stdlib_module_names | {"jax", "numpy", "jaxtyping", "mmljax"}

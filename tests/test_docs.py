@@ -116,7 +116,7 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
     assert results["scores"]["recall@1"] > results["untrained"]["recall@1"] > 0
     assert "recall@1" in printed[4]
     first = printed[7].splitlines()[1].split()
-    assert first[0] == first[3]  # a photograph is nearest to itself
+    assert first[0] == f"photos/{first[3]}"  # a photograph is nearest to itself
     for name in (
         "failures.html",
         "photos.parquet",

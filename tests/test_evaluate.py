@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -171,3 +172,11 @@ def test_embed_batches_leaves_padding_out() -> None:
     vectors, labels = embed_batches(lambda images: images[:, None] * 10, batches)
     np.testing.assert_array_equal(vectors, [[10], [20], [30]])
     np.testing.assert_array_equal(labels, [1, 2, 3])
+
+
+def test_embeddings_that_are_not_finite_are_an_error() -> None:
+    images = jnp.zeros((4, 2, 2, 1), jnp.uint8)
+    batch = Batch(images, jnp.arange(4), jnp.array([True, True, True, False]))
+    broken = jnp.eye(4).at[1, 2].set(jnp.nan).at[3].set(jnp.nan)  # of which the last is padding
+    with pytest.raises(UserError, match="1 of 3 embeddings are not finite"):
+        embed_batches(lambda _: broken, [batch])

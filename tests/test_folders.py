@@ -246,3 +246,17 @@ def test_other_file_systems_need_tensorflow(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r"names with :// are read by TensorFlow .*mmljax\[data\]"):
         read_csv("gs://bucket/list.csv")
+
+
+def test_a_link_in_a_circle_is_neither_file_nor_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    write(str(tmp_path), "a/1.jpg", "2.jpg")
+    assert files.folders_in(tmp_path) == ["a"]
+    assert files.files_in(tmp_path) == ["2.jpg"]
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot be listed") as raised:
+        files.files_in(tmp_path / name)
+    assert len(str(raised.value)) < 400

@@ -150,3 +150,22 @@ def test_help_and_objectives_import_no_tensorflow() -> None:
             check=True,
         )
         assert done.stdout.strip().splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config():\n    raise RuntimeError('two\\nlines')\n", ["line 2", "two lines"]),
+        ("def get_config(:\n", ["line 1", "SyntaxError"]),
+        ("def get_config():\n    pass\n", ["returned nothing"]),
+    ],
+)
+def test_a_config_that_fails_is_one_line_that_says_where(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
+    config = tmp_path / "failing.py"
+    config.write_text(text)
+    done = runs.run(config, tmp_path / "run")
+    assert_refused(done, "--config", *words)
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
