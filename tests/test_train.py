@@ -53,7 +53,7 @@ def test_run_learns_and_writes_what_it_promises(
     assert all(0 <= row["input_wait"] <= 1 for row in rates)
     compilations = [row["compilations"] for row in rates]
     assert compilations == sorted(compilations)
-    assert compilations[0] >= 2  # the augmentation and the step
+    assert compilations[0] >= 1  # the step; the augmentation may be known from another test
     assert "compiled" not in caplog.text  # saves and evaluations compile, steps do not again
 
 
@@ -123,7 +123,7 @@ def test_run_of_no_step_is_refused(tmp_path: Path) -> None:
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = make_config(tmp_path, optimizer__head__learning_rate=1e38, optimizer__warmup="0 steps")
-    with pytest.raises(UserError, match=r"not finite at step \d+.*learning_rate"):
+    with pytest.raises(UserError, match=r"objective \w+ not finite .* at step \d+.*learning_rate"):
         train.train(config, tmp_path / "run")
 
 
