@@ -116,7 +116,14 @@ def get_config() -> ConfigDict:
                 "clustering": False,
             },
             "checkpoint": {"every": "1 epochs", "keep_last": 2, "keep_best": 1},
-            "log": {"every": 50, "input_wait_warning": 0.2, "tensorboard": True, "plot": True},
+            "log": {
+                "every": 50,
+                "input_wait_warning": 0.2,
+                "tensorboard": True,
+                "wandb": False,
+                "mlflow": False,
+                "plot": True,
+            },
         }
     )
 

@@ -38,6 +38,11 @@ class Finding(NamedTuple):
     name: str
     text: str
 
+    @property
+    def failed(self) -> bool:
+        """Whether a run would not go."""
+        return self.verdict == "FAIL"
+
 
 def check_versions(requirements: Sequence[str] | None = None) -> Finding:
     """What is installed, against what the package asks for.

@@ -76,6 +76,11 @@ def start_log() -> None:
     own.propagate = False
 
 
+def only_warnings() -> None:
+    """Of several processes the first alone tells how the run goes."""
+    logging.getLogger("mmljax").setLevel(logging.WARNING)
+
+
 def _failed_thread(failed: threading.ExceptHookArgs) -> None:
     """What a thread of orbax fails with is raised again by whoever waits for it."""
     if not type(failed.thread).__module__.startswith("orbax."):

@@ -181,6 +181,8 @@ class LogConfig:
     every: Natural  # steps between fetches of the ledger from the device
     input_wait_warning: NotNegative  # share of the time without input above which a warning says so
     tensorboard: bool
+    wandb: bool  # also to Weights & Biases
+    mlflow: bool  # also to MLflow
     plot: bool
 
 

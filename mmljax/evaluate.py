@@ -39,25 +39,13 @@ def make_embed(graphdef: nnx.GraphDef) -> Embed:
 def embed_batches(
     embed: Callable[[Array], Array], batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings ``[n d]`` and labels ``[n]`` of all valid rows, in order, on the host.
-
-    Raises:
-      UserError: if an embedding is not finite: the network has been trained to pieces.
-    """
+    """Embeddings ``[n d]`` and labels ``[n]`` of all valid rows, in order, on the host."""
     vectors, labels = [], []
     for batch in batches:
         valid = to_host(batch.valid)
         vectors.append(to_host(embed(batch.images))[valid])
         labels.append(to_host(batch.labels)[valid])
-    every = np.concatenate(vectors)
-    if not np.all(np.isfinite(every)):
-        rows = int(np.sum(~np.isfinite(every).all(axis=1)))
-        raise UserError(
-            f"{rows} of {len(every)} embeddings are not finite, so nothing can be ranked; the last "
-            "checkpoint is kept: lower --config.optimizer.*.learning_rate or set "
-            "--config.optimizer.clip_norm"
-        )
-    return every, np.concatenate(labels)
+    return np.concatenate(vectors), np.concatenate(labels)
 
 
 class Retrieval(NamedTuple):
@@ -113,12 +101,19 @@ def retrieval_scores(
       clustering: whether to add ``nmi`` and ``ami`` of the same (:mod:`mmljax.clustering`).
 
     Raises:
-      UserError: if a K exceeds the gallery, no query has a relevant item, or scikit-learn is asked
-        for and absent.
+      UserError: if an embedding is not finite, a K exceeds the gallery, no query has a relevant
+        item, or scikit-learn is asked for and absent.
     """
     own = np.arange(len(queries), dtype=np.int32) if gallery is None else None
     if gallery is None or gallery_labels is None:
         gallery, gallery_labels = queries, query_labels
+    for name, vectors in (("query", queries), ("gallery", gallery)):
+        if broken := int(np.sum(~np.isfinite(vectors).all(axis=1))):
+            raise UserError(
+                f"{broken} of {len(vectors)} {name} embeddings are not finite, so nothing can be "
+                "ranked; the last checkpoint is kept: lower --config.optimizer.*.learning_rate or "
+                "set --config.optimizer.clip_norm"
+            )
     candidates = len(gallery) - (own is not None)
     if max(recall_at) > candidates:
         raise UserError(

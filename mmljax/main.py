@@ -19,10 +19,12 @@ def main(argv: list[str]) -> None:
     if config is None:
         raise UserError("--config is missing; for a first run: --config configs/quickstart.py")
     command.start_log()
-    from mmljax.mesh import initialize_distributed
+    from mmljax.mesh import initialize_distributed, is_main_process
     from mmljax.train import train
 
     initialize_distributed()
+    if not is_main_process():
+        command.only_warnings()
     train(config, command.given_workdir(config))
 
 

@@ -6,7 +6,7 @@ A run's directory holds
   ledger, ``evaluation``, ``rates``: what the clock says) and flat scalars such as ``loss/pair``. A
   number that is not finite is written as ``null``, for JSON has no other word for it, and is read
   back as NaN.
-- ``tensorboard/``: the same scalars, if asked for.
+- ``tensorboard/``: the same scalars, if asked for (``loggers.py``, with other places for them).
 - ``results.json``: scores and everything needed to tell where they come from.
 
 Which scalars there are is the training step's affair: nothing here depends on their names.
@@ -17,14 +17,13 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,7 +42,7 @@ _SCORE_NAMES = {"r_precision": "R-precision", "map@r": "MAP@R", "mrr": "MRR"}
 
 
 class Reporter:
-    """Rows of scalars for ``metrics.jsonl`` and TensorBoard, and how far the run is for people."""
+    """Rows of scalars for ``metrics.jsonl`` and loggers, and for people how far the run is."""
 
     def __init__(
         self,
@@ -52,7 +51,7 @@ class Reporter:
         start_step: int,
         total_steps: int,
         batch_size: int,
-        tensorboard: bool,
+        loggers: Sequence[Any] = (),
         enabled: bool = True,
         stream: TextIO | None = None,
     ) -> None:
@@ -67,7 +66,7 @@ class Reporter:
           start_step: from which the run goes on: the restored one, or 0.
           total_steps: where it ends.
           batch_size: global, images per step.
-          tensorboard: whether to write for TensorBoard too, where tensorboardX is installed.
+          loggers: take the same scalars (``loggers.Logger``); closed with this.
           enabled: False on every process but the first, whose reporter then does nothing.
           stream: where progress is shown; standard error if None.
 
@@ -75,7 +74,6 @@ class Reporter:
           UserError: if an earlier ``metrics.jsonl`` is damaged.
         """
         self._file: TextIO | None = None
-        self._tensorboard: Any = None
         if not enabled:
             return
         self._batch_size = batch_size
@@ -87,8 +85,7 @@ class Reporter:
             kept = [line for line, row in _rows(path) if start_step and row["step"] <= start_step]
             write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        if tensorboard:
-            self._tensorboard = _summary_writer(workdir, purge_step=start_step and start_step + 1)
+        self._loggers = loggers
         self._progress = Progress(
             start_step=start_step,
             total_steps=total_steps,
@@ -140,20 +137,18 @@ class Reporter:
             return
         self._file.close()
         self._progress.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._file = self._tensorboard = None
+        self._file = None
+        for logger in self._loggers:
+            logger.close()
 
     def _write(self, step: int, kind: str, scalars: Mapping[str, Any]) -> None:
         assert self._file is not None
         row = _plain(dict(step=step, kind=kind, **scalars))
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        if self._tensorboard is not None:
-            prefix = "" if kind == "train" else f"{kind}/"
-            for key, value in scalars.items():
-                # TensorBoard allows no @ in a name.
-                name = (prefix + key).replace("@", "_")
-                self._tensorboard.add_scalar(name, float(value), step)
+        prefix = "" if kind == "train" else f"{kind}/"
+        values = {prefix + key: float(value) for key, value in scalars.items()}
+        for logger in self._loggers:
+            logger.scalars(step, values)
 
 
 def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
@@ -308,18 +303,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-def _summary_writer(workdir: Path, *, purge_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        logging.warning(
-            "no TensorBoard: tensorboardX is absent; pip install 'mmljax[plot]' brings it, "
-            "--config.log.tensorboard=False silences this"
-        )
-        return None
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
 
 
 def _git() -> dict[str, Any] | None:

@@ -14,12 +14,14 @@ import jax
 
 from mmljax import build, checkpoints, footprint, optim, protocol, report
 from mmljax.assemble import assemble
+from mmljax.checks import check_disk
 from mmljax.claim import claimed
 from mmljax.clustering import check_available
 from mmljax.config import Config, to_dict
 from mmljax.data.sources import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.evaluate import Retrieval, evaluate, make_embed
+from mmljax.loggers import Logger, make_loggers
 from mmljax.mesh import is_main_process, make_mesh, sync
 from mmljax.page import write_page
 from mmljax.plot import plot_contributions
@@ -89,13 +91,15 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
         )
         stack.callback(saved.close)
         state, first = _restore(saved, state)
+        if first == 0 and (room := check_disk(workdir, state, kept=config.checkpoint)).failed:
+            raise UserError(f"disk: {room.text}")
         _describe(config, dataset, state, total=total, first=first)
         reporter = report.Reporter(
             workdir,
             start_step=first,
             total_steps=total,
             batch_size=config.data.batch_size,
-            tensorboard=config.log.tensorboard,
+            loggers=_loggers(config, workdir, first=first),
             enabled=is_main_process(),
         )
         stack.callback(reporter.close)
@@ -134,6 +138,12 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
 
     sync("finish")
     return _finish(config, workdir, saved.directory, dataset, stamp=stamp, started=started)
+
+
+def _loggers(config: Config, workdir: Path, *, first: int) -> list[Logger]:
+    if not is_main_process():
+        return []
+    return make_loggers(config.log, workdir, config=to_dict(config), start_step=first)
 
 
 def _due(step: int, every: int) -> bool:

@@ -35,7 +35,7 @@ LAYERS = (  # a module imports only from its own layer and those above it in thi
     ("models.*", "data.*"),
     ("build", "optim", "columns", "footprint", "train_step", "clustering", "evaluate", "assemble"),
     (
-        *("checkpoints", "claim", "preemption", "plot", "progress", "rates", "report"),
+        *("checkpoints", "claim", "preemption", "plot", "progress", "rates", "report", "loggers"),
         *("recorder", "protocol", "parts"),
         *("restore", "table", "runs", "thumbnails", "offline", "page"),
     ),

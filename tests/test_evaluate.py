@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -175,8 +174,10 @@ def test_embed_batches_leaves_padding_out() -> None:
 
 
 def test_embeddings_that_are_not_finite_are_an_error() -> None:
-    images = jnp.zeros((4, 2, 2, 1), jnp.uint8)
-    batch = Batch(images, jnp.arange(4), jnp.array([True, True, True, False]))
-    broken = jnp.eye(4).at[1, 2].set(jnp.nan).at[3].set(jnp.nan)  # of which the last is padding
-    with pytest.raises(UserError, match="1 of 3 embeddings are not finite"):
-        embed_batches(lambda _: broken, [batch])
+    labels = np.arange(6, dtype=np.int32) // 2
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[1, 2] = np.nan
+    with pytest.raises(UserError, match="1 of 6 gallery embeddings are not finite"):
+        score(np.eye(6, dtype=np.float32), labels, vectors, labels)
+    with pytest.raises(UserError, match="1 of 6 query embeddings are not finite"):
+        score(vectors, labels, None, None)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import types
@@ -26,7 +25,7 @@ class Terminal(io.StringIO):
 
 
 def open_reporter(workdir, *, step=0, stream=None, **options):
-    options = {"total_steps": 10, "batch_size": 8, "tensorboard": False, **options}
+    options = {"total_steps": 10, "batch_size": 8, **options}
     stream = io.StringIO() if stream is None else stream
     return report.Reporter(workdir, start_step=step, stream=stream, **options)
 
@@ -151,7 +150,7 @@ def test_metrics_of_no_run(tmp_path):
 
 def test_a_reporter_that_is_not_enabled_does_nothing(tmp_path):
     stream = io.StringIO()
-    reporter = open_reporter(tmp_path / "run", stream=stream, enabled=False, tensorboard=True)
+    reporter = open_reporter(tmp_path / "run", stream=stream, enabled=False)
     reporter.train(1, {"loss": 1.0})
     reporter.evaluation(1, {"recall@1": 0.5})
     reporter.progress(seconds=1.0, steps=1, waited=0.0, compilations=0)
@@ -176,48 +175,21 @@ def test_rates_are_rows_of_their_own(tmp_path):
     ]
 
 
-# TensorBoard.
+def test_loggers_get_the_same_scalars_and_are_closed(tmp_path):
+    class Kept(list):
+        def scalars(self, step, values):
+            self.append((step, dict(values)))
 
+        def close(self):
+            self.append("closed")
 
-def tensorboard_events(folder):
-    """Events by the TFRecord framing: length, its checksum, message, its checksum."""
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="needs tensorboardX")
-    events = []
-    for path in sorted(folder.iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack("<Q", data[at : at + 8])
-            events.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
-            at += length + 16
-    return events
-
-
-def test_tensorboard_gets_the_same_scalars(tmp_path):
-    pytest.importorskip("tensorboardX", reason="needs tensorboardX")
-    reporter = open_reporter(tmp_path, step=4, tensorboard=True)
-    reporter.train(5, {"loss/pair": 0.5, "loss/proxy": 2.0})
-    reporter.evaluation(5, {"r_precision": 0.75})
+    kept = Kept()
+    reporter = open_reporter(tmp_path, loggers=[kept])
+    reporter.train(5, {"loss/pair": np.float32(0.5)})
+    reporter.evaluation(5, {"recall@1": 0.75})
     reporter.close()
-    events = tensorboard_events(tmp_path / "tensorboard")
-    scalars = {(v.tag, e.step): v.simple_value for e in events for v in e.summary.value}
-    assert scalars == {
-        ("loss/pair", 5): 0.5,
-        ("loss/proxy", 5): 2.0,
-        ("evaluation/r_precision", 5): 0.75,
-    }
-    # TensorBoard hides what an earlier attempt wrote from this step on.
-    assert [e.step for e in events if e.session_log.status == e.session_log.START] == [5]
-
-
-def test_without_tensorboardx_one_line_says_how_to_get_it(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    reporter = open_reporter(tmp_path, tensorboard=True)
-    reporter.train(1, {"loss": 1.0})
     reporter.close()
-    (record,) = caplog.records
-    assert "pip install 'mmljax[plot]'" in record.getMessage()
-    assert "\n" not in record.getMessage()
-    assert len(report.read_metrics(tmp_path)) == 1
+    assert kept == [(5, {"loss/pair": 0.5}), (5, {"evaluation/recall@1": 0.75}), "closed"]
 
 
 # Progress.
