@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,14 @@ def test_committed_config_takes_two_steps(name: str, tmp_path: Path) -> None:
     mapping.log.tensorboard = mapping.log.plot = False
     result = train.train(from_mapping(mapping), tmp_path / "run")
     assert 0 <= result["scores"]["recall@1"] <= 1
+
+
+def test_a_disk_without_room_is_an_error_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        with pytest.raises(UserError, match=r"disk: 0.0 MiB free .* make room"):
+            train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
