@@ -26,6 +26,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,14 @@ def write_table(table: Any, path: Path, *, made_from: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written ({error}); name another --output") from error
 
 
+def opening_command(path: Path) -> str:
+    """The command that opens the file in Embedding Atlas."""
+    return (
+        f"embedding-atlas {shlex.quote(str(path))} --x x --y y --image thumbnail "
+        "--neighbors neighbors"
+    )
+
+
 def _neighbors_within(
     trained: TrainedEmbedder, vectors: np.ndarray, *, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -222,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = look_table(trained, dataset, projection=options.projection)
     write_table(table, path, made_from=trained.identity | {"projection": options.projection})
     print(f"{len(table)} images in {path}; open it by")
-    print(f"embedding-atlas {path} --x x --y y --image thumbnail --neighbors neighbors")
+    print(opening_command(path))
 
 
 if __name__ == "__main__":

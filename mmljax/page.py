@@ -12,7 +12,6 @@ import argparse
 import base64
 import importlib.util
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 from mmljax import offline
 from mmljax.errors import UserError
 from mmljax.protocol import Neighbors, Records, make_stamp, read_records
-from mmljax.report import read_metrics, write_atomically
+from mmljax.report import read_metrics, score_keys, score_name, write_atomically
 from mmljax.runs import add_directory_option, load_run_data, read_run
 from mmljax.thumbnails import thumbnail, webp
 
@@ -39,8 +38,6 @@ LIMIT = 4_800_000
 _PACKAGES = {"jinja2": "Jinja", "PIL": "Pillow", "matplotlib": "Matplotlib", "pandas": "pandas"}
 _SIZES = ((128, 75), (112, 65), (96, 55), (80, 45), (64, 40), (48, 30))  # side, WebP's quality
 _CATEGORIES = 300  # rows of the table of categories, at most
-_NAMES = {"r_precision": "R-precision", "map@r": "MAP@R", "mrr": "MRR"}
-_RECALL = re.compile(r"recall@(\d+)")
 
 
 class Found(NamedTuple):
@@ -198,18 +195,9 @@ def _score_table(rows: Sequence[Mapping[str, Any]], step: int) -> list[tuple[str
     scores, untrained = evaluations[step], evaluations.get(0, {})
     chance = {"recall@1": scores.get("chance", math.nan)}
     return [
-        (_shown_name(key), [_percent(column.get(key)) for column in (scores, untrained, chance)])
-        for key in _score_keys(scores)
+        (score_name(key), [_percent(column.get(key)) for column in (scores, untrained, chance)])
+        for key in score_keys(scores)
     ]
-
-
-def _score_keys(scores: Mapping[str, Any]) -> list[str]:
-    recalls = sorted((int(m[1]), key) for key in scores if (m := _RECALL.fullmatch(key)))
-    return [key for _, key in recalls] + [key for key in _NAMES if key in scores]
-
-
-def _shown_name(key: str) -> str:
-    return _NAMES.get(key, key.replace("recall", "Recall"))
 
 
 def _percent(share: float | None) -> str:
@@ -222,7 +210,7 @@ def _categories(records: Records) -> list[str]:
 
 def _category_table(records: Records) -> dict[str, Any]:
     """Mean scores by category, the worst first: header, and a row of texts per category."""
-    keys = _score_keys(records.values)
+    keys = score_keys(records.values)
     kinds, place = np.unique(_categories(records), return_inverse=True)
     counted = ~np.isnan(records.values[keys[0]])
     sizes = np.bincount(place[counted], minlength=len(kinds))
@@ -236,7 +224,7 @@ def _category_table(records: Records) -> dict[str, Any]:
         [str(kinds[row]), str(sizes[row]), *(_percent(float(means[key][row])) for key in keys)]
         for row in order[:_CATEGORIES]
     ]
-    return {"header": ["category", "queries", *map(_shown_name, keys)], "rows": rows}
+    return {"header": ["category", "queries", *map(score_name, keys)], "rows": rows}
 
 
 def _curves(run: Path) -> str:

@@ -104,7 +104,7 @@ class Reporter:
         if self._file is None:
             return
         self._write(step, "evaluation", scores)
-        shown = [f"{_score_name(k)} {100 * scores[k]:.1f}%" for k in _score_keys(scores)]
+        shown = [f"{score_name(k)} {100 * scores[k]:.1f}%" for k in score_keys(scores)]
         self._progress.say(step, shown)
 
     def progress(self, *, seconds: float, steps: int, waited: float, compilations: int) -> None:
@@ -206,7 +206,7 @@ def recall_table(scores: Mapping[str, Any], *, untrained: Mapping[str, Any] | No
         ``gallery`` and ``lone_queries`` if there. Other keys are left out.
       untrained: the same of the network before its first step.
     """
-    keys = _score_keys(scores)
+    keys = score_keys(scores)
     columns = {"trained": scores}
     if untrained is not None:
         columns["untrained"] = untrained
@@ -215,7 +215,7 @@ def recall_table(scores: Mapping[str, Any], *, untrained: Mapping[str, Any] | No
     rows = [["%", *columns]]
     for key in keys:
         cells = (f"{100 * c[key]:.1f}" if key in c else "-" for c in columns.values())
-        rows.append([_score_name(key), *cells])
+        rows.append([score_name(key), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -254,12 +254,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _score_keys(scores: Mapping[str, Any]) -> list[str]:
+def score_keys(scores: Mapping[str, Any]) -> list[str]:
+    """The keys that tables show, Recall@K by K and then the others."""
     recalls = sorted((int(m[1]), key) for key in scores if (m := _RECALL.fullmatch(key)))
     return [key for _, key in recalls] + [key for key in _SCORE_NAMES if key in scores]
 
 
-def _score_name(key: str) -> str:
+def score_name(key: str) -> str:
+    """What a table calls a score."""
     return _SCORE_NAMES.get(key, key.replace("recall", "Recall"))
 
 

@@ -7,7 +7,6 @@ the optimiser's state, which are the larger part. The data set is not needed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +18,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from mmljax.checkpoints import PartialCheckpoint, steps_in
-from mmljax.config import Config, ModelConfig, fingerprint, from_mapping
+from mmljax.config import Config, ModelConfig, fingerprint
 from mmljax.errors import UserError
 from mmljax.evaluate import make_embed
 from mmljax.mesh import make_mesh, replicated
 from mmljax.models.embedder import make_embedder
+from mmljax.runs import CONFIG, read_config
 from mmljax.types import Params
 
 
@@ -57,7 +57,7 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
         checkpoint does not fit it.
     """
     run, step = _run_and_step(Path(path), step)
-    config = _config(run / "config.json")
+    config = read_config(run)
     step = _checked_step(run, step)
     checkpoint = PartialCheckpoint(run / "checkpoints", step=step)
     channels = _channels(config.model, checkpoint.shapes(), run=run)
@@ -94,30 +94,18 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
     """The run's directory, and the step if the path or the argument names one."""
-    if (path / "config.json").exists():
+    if (path / CONFIG).exists():
         return path, step
     path = path.resolve()
-    if path.name == "checkpoints" and (path.parent / "config.json").exists():
+    if path.name == "checkpoints" and (path.parent / CONFIG).exists():
         return path.parent, step
-    if path.name.isdigit() and (path.parents[1] / "config.json").exists():
+    if path.name.isdigit() and (path.parents[1] / CONFIG).exists():
         named = int(path.name)
         if step not in (None, named):
             raise UserError(f"--run names step {named} and --step {step}; name it once")
         return path.parents[1], named
-    found = "holds no config.json" if path.is_dir() else "does not exist"
+    found = f"holds no {CONFIG}" if path.is_dir() else "does not exist"
     raise UserError(f"--run={path} {found}; name the --workdir of a run of mmljax.main")
-
-
-def _config(path: Path) -> Config:
-    try:
-        return from_mapping(json.loads(path.read_text(encoding="utf-8")))
-    except UserError as error:
-        raise UserError(f"{path} is no config of this version: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); restore it, or run mmljax.main with the run's config "
-            "into another --workdir and copy its config.json"
-        ) from error
 
 
 def _checked_step(run: Path, step: int | None) -> int:

@@ -111,6 +111,31 @@ def add_directory_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_config(run: Path) -> Config:
+    """The config of a run.
+
+    Args:
+      run: the run's directory, on this machine.
+
+    Raises:
+      UserError: if there is no run, or its config is damaged or of another version.
+    """
+    from mmljax.config import from_mapping
+
+    path = run / CONFIG
+    try:
+        return from_mapping(json.loads(path.read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"{path} is no config of this version: {error}") from error
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; name the --workdir of a run") from None
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore it, or run mmljax.main with the run's config "
+            "into another --workdir and copy its config.json"
+        ) from error
+
+
 def load_run_data(run: Path, *, directory: str | None = None) -> tuple[Config, Dataset]:
     """The config of a run and the data set that it names.
 
@@ -122,13 +147,8 @@ def load_run_data(run: Path, *, directory: str | None = None) -> tuple[Config, D
       UserError: if there is no run, its config is damaged, or the data set cannot be used.
     """
     from mmljax.build import load_dataset
-    from mmljax.config import from_mapping
 
-    path = run / CONFIG
-    try:
-        config = from_mapping(json.loads(path.read_text(encoding="utf-8")))
-    except _UNREADABLE as error:
-        raise UserError(f"{path} cannot be read ({error}); name the --workdir of a run") from None
+    config = read_config(run)
     if directory is not None:
         data = dataclasses.replace(config.data, directory=directory)
         config = dataclasses.replace(config, data=data)

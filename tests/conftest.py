@@ -1,4 +1,4 @@
-"""Eight virtual devices for every test, set before jax starts; a run for those that need one."""
+"""Eight virtual devices for every test, set before jax starts; runs for those that need one."""
 
 import jax
 import pytest
@@ -12,3 +12,14 @@ def saved_run(tmp_path_factory):
     import saved
 
     return saved.write_run(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory, worker_id):
+    """The README's first run, which takes minutes, once for all workers; only to be read."""
+    import runs
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "quickstart"
+    folder.mkdir(exist_ok=True)
+    return runs.run_quickstart(folder)

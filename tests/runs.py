@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,6 +99,40 @@ def run(*arguments: Any, **changes: str) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+class Quickstart(NamedTuple):
+    """What ``configs/quickstart.py`` left, and what it printed."""
+
+    folder: Path
+    stdout: str
+    stderr: str
+
+
+def run_quickstart(folder: Path) -> Quickstart:
+    """The README's first run, as it stands there but for the folders that it writes.
+
+    The first process that asks for it in a folder runs it; others wait, and read what it left.
+    """
+    printed = folder / "printed.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            done = subprocess.run(
+                command(
+                    Path("configs/quickstart.py"),
+                    folder / "run",
+                    f"--config.data.directory={folder / 'images'}",
+                ),
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=900,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            printed.write_text(json.dumps([done.stdout, done.stderr]))
+    return Quickstart(folder / "run", *json.loads(printed.read_text()))
 
 
 def metrics(workdir: Path) -> list[str]:

@@ -1,37 +1,24 @@
-"""A run's page in a real browser: Chromium without a window, driven by Playwright."""
+"""The page of the quickstart's run in a real browser."""
 
 from __future__ import annotations
 
 import io
 import re
-import shutil
 
 import numpy as np
 import pytest
 
-import evaluated
-from mmljax import page
+from browser import CHROMIUM, chromium
 
 pytest.importorskip("playwright", reason="pip install 'mmljax[browser]' brings Playwright")
 for package in ("jinja2", "PIL", "matplotlib", "pandas"):
     pytest.importorskip(package, reason=f"a page needs {package}")
-from playwright.sync_api import sync_playwright  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
 
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 WIDTHS = (1280, 420)
 SCHEMES = ("light", "dark")
 
@@ -53,17 +40,14 @@ FRAMES = """() => [...document.querySelectorAll(".found .picture")].map((element
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    run = evaluated.write_evaluated_run(tmp_path_factory.mktemp("evaluated"))
-    return page.write_page(run.folder, dataset=run.dataset, config=run.config)
+def path(quickstart):
+    return quickstart.folder / "page.html"
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+def browser():
+    with chromium("--disable-gpu") as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -139,14 +123,22 @@ def test_pictures_are_drawn(open_page):
 
 def test_filter_shows_one_category(open_page):
     shown = open_page()
-    shown.select_option("#category", "MEN/Shorts")
-    kinds = {q.get_attribute("data-category") for q in shown.locator(".query:visible").all()}
-    assert kinds == {"MEN/Shorts"}
-    number = shown.locator(".query:visible").count()
-    assert shown.text_content("#count") == f"{number} shown"
-    assert 0 < number < 36
+    everything = shown.locator(".query:visible").count()
+    assert everything == 200
+    names = [option.text_content() for option in shown.locator("#category option").all()]
+    assert names[0] == "all"
+    assert len(names) > 3
+    numbers = []
+    for name in names[1:]:
+        shown.select_option("#category", name)
+        visible = shown.locator(".query:visible")
+        kinds = set(visible.evaluate_all("all => all.map((one) => one.dataset.category)"))
+        assert kinds == {name}
+        numbers.append(visible.count())
+        assert shown.text_content("#count") == f"{numbers[-1]} shown"
+    assert sum(numbers) == everything
     shown.select_option("#category", "")
-    assert shown.locator(".query:visible").count() == 36
+    assert shown.locator(".query:visible").count() == everything
 
 
 def test_keys_reach_everything(open_page):
@@ -154,14 +146,16 @@ def test_keys_reach_everything(open_page):
     focused = "document.activeElement"
     shown.focus("#category")
     shown.keyboard.press("End")  # the last category
-    assert shown.evaluate(f"{focused}.value") == "WOMEN/Dresses"
-    visible = [q.get_attribute("aria-label") for q in shown.locator(".query:visible").all()]
+    last = shown.locator("#category option").last.text_content()
+    assert shown.evaluate(f"{focused}.value") == last
+    labels = shown.locator(".query:visible").evaluate_all("all => all.map((one) => one.ariaLabel)")
+    assert 3 < len(labels) < 200
     shown.keyboard.press("Tab")
 
     def label():
         return shown.evaluate(f"{focused}.ariaLabel")
 
-    assert label() == visible[0]
+    assert label() == labels[0]
     width = shown.evaluate(f"parseFloat(getComputedStyle({focused}).outlineWidth)")
     style = shown.evaluate(f"getComputedStyle({focused}).outlineStyle")
     assert (width, style) == (3, "solid")
@@ -175,7 +169,7 @@ def test_keys_reach_everything(open_page):
         ("ArrowUp", 0),
     ):
         shown.keyboard.press(key)
-        assert label() == visible[place]
+        assert label() == labels[place]
     box = shown.locator(".query:focus").bounding_box()
     assert 0 <= box["y"] < 900
     shown.keyboard.press("Shift+Tab")
