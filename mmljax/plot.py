@@ -53,13 +53,17 @@ PANELS: Mapping[str, Panel] = {
 }
 
 _POINTS = 400  # of a curve; longer ones are shown by means of neighbouring steps
-_INK = (  # colour, line, marker: told apart in grey by each of the three
+_ACROSS = 4  # panels of several runs, at most
+_LEGEND = 60  # characters across a panel's legend, its lines and gaps among them
+_INK = (  # colour, line, marker: told apart in grey by line and by marker
     ("#1a1a1a", "-", "o"),
     ("#0072b2", "--", "s"),
     ("#d55e00", "-.", "^"),
     ("#8c8c8c", ":", "D"),
     ("#009e73", (0, (5, 1, 1, 1, 1, 1)), "v"),
     ("#b07aa1", (0, (8, 3)), "P"),
+    ("#56b4e9", (0, (4, 1, 1, 1)), "X"),
+    ("#e69f00", (0, (1, 1)), "*"),
 )
 _SVG: Any = {"svg.hashsalt": "mmljax", "svg.fonttype": "path"}  # the same file for the same curves
 
@@ -87,7 +91,7 @@ def contribution_figure(
 ) -> Figure | None:
     """Panels of a tidy table (:mod:`mmljax.table`).
 
-    Of one run, a panel per quantity with a curve per objective. Of several runs, a row of panels
+    Of one run, a panel per quantity with a curve per objective. Of several runs, rows of panels
     per quantity, one for each objective, with a curve per run. Seeds of a run are one curve, their
     mean, within a band from the least to the greatest. Targets of shares are thin dotted lines.
 
@@ -146,7 +150,7 @@ def circle_figure(circles: Mapping[str, Circle]) -> Figure:
         axes.set_title(title, loc="left", fontsize=10)
         axes.add_patch(Outline((0, 0), 1, fill=False, color="#8c8c8c", linewidth=0.8))
         for label, proxy in enumerate(circle.proxies):
-            colour, _, marker = _INK[label % len(_INK)]
+            colour, _, marker = _look(label)
             own = circle.samples[circle.labels == label]
             axes.scatter(own[:, 0], own[:, 1], s=28, color=colour, marker=marker, zorder=2)
             axes.scatter(
@@ -221,7 +225,7 @@ def _by_objective(parts: Sequence[tuple[Panel, DataFrame]]) -> list[list[_Cell]]
             cell = part[(part["quantity"] == quantity) & (part["name"] == name)]
             title = f"{panel.title}: {_label(quantity, name)}"
             row.append((panel, cell, title))
-        grid.append(row)
+        grid += [row[i : i + _ACROSS] for i in range(0, len(row), _ACROSS)]
     return grid
 
 
@@ -233,8 +237,7 @@ def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> Non
     owners = [key[-1] for key, _ in curves]  # runs or objectives
     for place, (key, curve) in enumerate(curves):
         own_look = key[-1] in looks and owners.count(key[-1]) == 1
-        look = looks.index(key[-1]) if own_look else place
-        colour, line, marker = _INK[look % len(_INK)]
+        colour, line, marker = _look(looks.index(key[-1]) if own_look else place)
         seeds = curve["seed"].nunique()
         values = _thinned(curve.groupby("step")["value"].agg(["mean", "min", "max"]))
         label = f"{key[0]}, {seeds} seeds" if several and seeds > 1 else str(key[0])
@@ -256,6 +259,12 @@ def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> Non
         aims = targets if several else targets[(targets["name"] == key[-1])]
         for aim in aims[aims["run"].isin(curve["run"])]["value"].unique():
             axes.axhline(aim, color=colour, linestyle=(0, (1, 3)), linewidth=1)
+
+
+def _look(place: int) -> tuple[str, Any, str]:
+    """Colour, line and marker; past the last ink the markers shift, so that none comes again."""
+    colour, line, _ = _INK[place % len(_INK)]
+    return colour, line, _INK[(place + place // len(_INK)) % len(_INK)][2]
 
 
 def _thinned(values: DataFrame) -> DataFrame:
@@ -287,4 +296,13 @@ def _finish(axes: Any, axis: tuple[int, int] | str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(which="both", labelsize=8)
     axes.set_xlabel("step", fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
+    labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+    axes.legend(  # below the axes, where no curve can run
+        frameon=False,
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(-0.02, -0.2),
+        ncols=max(1, min(4, _LEGEND // (8 + max(map(len, labels))))),
+        columnspacing=1,
+        handlelength=3,
+    )

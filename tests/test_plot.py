@@ -116,6 +116,47 @@ def test_looks_differ_without_colour():
     assert len({marker for _, _, marker in _INK}) == len(_INK)
 
 
+@pytest.mark.parametrize("number", [7, 20])
+def test_no_two_curves_of_a_panel_look_the_same(number):
+    names = [f"loss/objective{k}" for k in range(number)]
+    rows = [{"step": s, "kind": "train"} | dict.fromkeys(names, 1.0) for s in (1, 2)]
+    (axes,) = contribution_figure(tidy(rows, run="", seed=0)).axes
+    looks = [(line.get_linestyle(), line._dash_pattern, line.get_marker()) for line in axes.lines]
+    assert len(set(map(str, looks))) == number
+
+
+def test_a_legend_covers_no_curve_and_no_other_panel():
+    rows = [
+        {"step": s, "kind": "evaluation", "map@r": 0.1}
+        | {f"recall@{k}": 1 - 1 / (k * s) for k in (1, 10, 20, 30, 40, 50)}
+        | {f"loss/a_rather_long_name_{k}": 1.0 for k in range(3)}
+        for s in (1, 2, 3)
+    ]
+    figure = contribution_figure(tidy(rows, run="", seed=0))
+    figure.canvas.draw()
+    plots = [axes.get_window_extent() for axes in figure.axes]
+    legends = [axes.get_legend().get_window_extent() for axes in figure.axes]
+    assert len(legends) == 2
+    assert not any(legend.overlaps(plot) for legend in legends for plot in plots)
+    assert not legends[0].overlaps(legends[1])
+
+
+def test_rows_of_several_runs_are_broken():
+    import pandas as pd
+
+    tables = [
+        tidy(
+            [{"step": 1, "kind": "evaluation"} | {f"recall@{k}": 0.5 for k in range(1, 8)}],
+            run=run,
+            seed=0,
+        )
+        for run in "ab"
+    ]
+    figure = contribution_figure(pd.concat(tables))
+    assert [axes.get_subplotspec().colspan.start for axes in figure.axes] == [0, 1, 2, 3, 0, 1, 2]
+    assert len(curves_of(figure)) == 7
+
+
 @pytest.mark.parametrize("value", [math.nan, 0.0, -1.0])
 def test_values_that_no_logarithm_takes(tmp_path, value):
     rows = rows_of("pair", steps=30)
