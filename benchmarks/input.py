@@ -2,14 +2,15 @@
 
     python -m benchmarks.input                                # 256 px JPEGs that it generates
     python -m benchmarks.input --images data/grocery/Img      # and all the images below a folder
+    python -m benchmarks.input --side 2000 --count 100        # photographs as cameras make them
 
 Both sides read the same files with the same settings (area 0.16 to 1, width over height 3/4 to
 4/3, half of them mirrored, bilinear with antialiasing, 224 px, uint8) with as many threads or
 worker processes as asked. They take turns within one process; each is given by the median of its
 turns, and the ratio is that of the medians. A side's input is started before its first turn and
 idles between them; what it had made ahead by then is not counted. All files have been read
-before, so the disk has no part in it. The torch side decodes and crops with Pillow. Needs the
-extra ``peers``.
+before, so the disk has no part in it. The torch side decodes and crops with Pillow, large images
+too at their full size, as torchvision's loader does. Needs the extra ``peers``.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from mmljax.config import DataConfig, from_mapping
 from mmljax.data.image_files import list_images
 from mmljax.types import Batch, Split
 
-GENERATED, SIDE, QUALITY = 2_000, 256, 90
+QUALITY = 90  # of the JPEGs that are generated
 
 
-def generate(folder: Path) -> None:
+def generate(folder: Path, *, count: int, side: int) -> None:
     """Write JPEGs of smooth colours under noise, about as many bytes each as a photograph."""
     from PIL import Image
 
     noise = np.random.default_rng(0)
-    for number in range(GENERATED):
-        coarse = noise.integers(0, 256, (SIDE // 16, SIDE // 16, 3), np.uint8)
-        smooth = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        noisy = np.asarray(smooth) + noise.normal(0, 6, (SIDE, SIDE, 3))
+    for number in range(count):
+        coarse = noise.integers(0, 256, (side // 16, side // 16, 3), np.uint8)
+        smooth = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+        noisy = np.asarray(smooth) + noise.normal(0, 6, (side, side, 3))
         image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
         image.save(folder / f"{number:05}.jpg", quality=QUALITY)
 
@@ -164,6 +165,8 @@ def main() -> None:
     """Parse, time, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", help="folder of JPEGs to time too")
+    parser.add_argument("--side", type=int, default=256, help="of the generated images, pixels")
+    parser.add_argument("--count", type=int, default=2_000, help="of the generated images")
     parser.add_argument("--threads", type=int, default=2, help="and worker processes of torch")
     parser.add_argument("--batch-size", type=int, default=180)
     parser.add_argument("--repeats", type=int, default=7)
@@ -174,13 +177,13 @@ def main() -> None:
     print("| images | bytes each | ours, images/s | torch, images/s | ratio | of the turns |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder))
+        generate(Path(folder), count=options.count, side=options.side)
         for path in filter(None, (folder, options.images)):
             split = list_images([path], flag="--images")
             split = split._replace(labels=np.arange(len(split.labels), dtype=np.int32))
             size = statistics.mean(len(Path(image).read_bytes()) for image in split.images)
             row = compare(split, config, repeats=options.repeats, seconds=options.seconds)
-            what = f"generated, {SIDE} px" if path == folder else os.path.basename(path)
+            what = f"generated, {options.side} px" if path == folder else os.path.basename(path)
             print(f"| {len(split.images)}, {what} | {size:.0f} | {row} |")
 
 

@@ -398,6 +398,63 @@ def test_a_random_crop_against_pillow(shape):
         assert np.abs(crop.numpy() - expected).max() <= 1
 
 
+def _jpeg(height: int, width: int, seed: int) -> tuple[bytes, Image.Image]:
+    """A photograph's file, with detail in it, and what it holds at full size."""
+    noise = np.random.default_rng(seed).normal(0, 8, (height, width, 3))
+    picture = np.clip(_picture(height, width, seed) + noise, 0, 255).astype(np.uint8)
+    encoded = tf.io.encode_jpeg(picture, quality=95).numpy()
+    return encoded, Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("short", "scale"), [(127, 1), (128, 2), (255, 2), (256, 4), (511, 4), (512, 8), (1200, 8)]
+)
+def test_a_large_jpeg_is_decoded_at_a_scale_that_leaves_twice_the_pixels(short, scale, monkeypatch):
+    asked = []
+
+    def record(own, *arguments, **options):
+        asked.append(options["ratio"])
+        return own(*arguments, **options)
+
+    own = tf.image.decode_and_crop_jpeg
+    monkeypatch.setattr(tf.image, "decode_and_crop_jpeg", functools.partial(record, own))
+    contents = tf.constant(_jpeg(short, short + 30, seed=1)[0])
+    transforms.center_crop(contents, resize_size=32, image_size=32)
+    numbers = tf.zeros(transforms.NUMBERS, tf.float64)
+    whole = {"scale": (1.0, 1.0), "ratio": ((short + 30) / short,) * 2, "flip": False}
+    transforms.random_crop(contents, numbers, image_size=32, **whole)
+    assert asked == [scale, scale]
+
+
+@pytest.mark.parametrize("shape", [(150, 200), (333, 277), (600, 901), (1003, 700)])
+def test_at_a_scale_pixels_are_about_those_of_the_whole_image(shape):
+    encoded, plain = _jpeg(*shape, seed=6)
+    height, width = (32 * side // min(shape) for side in shape)
+    top, left = (height - 32) // 2, (width - 32) // 2
+    resized = np.asarray(plain.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+    crop = transforms.center_crop(tf.constant(encoded), resize_size=32, image_size=32)
+    difference = np.abs(crop.numpy() - resized[top : top + 32, left : left + 32])
+    assert difference.max() <= 6
+    assert difference.mean() <= 0.5
+
+    table = np.random.default_rng(5).random((6, transforms.NUMBERS))
+    for numbers in table:
+        top, left, height, width = _slow_window(*shape, numbers, (0.3, 1.0), (0.75, 4 / 3))
+        crop = transforms.random_crop(
+            tf.constant(encoded),
+            tf.constant(numbers),
+            image_size=32,
+            scale=(0.3, 1.0),
+            ratio=(0.75, 4 / 3),
+            flip=False,
+        )
+        box = left, top, left + width, top + height
+        expected = plain.crop(box).resize((32, 32), Image.Resampling.BILINEAR)
+        difference = np.abs(crop.numpy() - np.asarray(expected).astype(int))
+        assert difference.max() <= 6
+        assert difference.mean() <= 0.5
+
+
 def test_paths_on_another_file_system_give_what_local_ones_give(files, tmp_path):
     paths = [f"ram://{tmp_path.name}-{Path(path).name}" for path in files.images]
     for path, local in zip(paths, files.images, strict=True):

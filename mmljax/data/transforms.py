@@ -2,13 +2,18 @@
 
 Nothing here draws random numbers: a random crop is a pure function of the file's bytes and of
 uniform numbers handed in. EXIF orientation is ignored; grey images become colour ones. An image
-whose header states more than ``MAX_PIXELS`` is refused before any of it is decoded.
+whose header states more than ``MAX_PIXELS`` is refused before any of it is decoded. A JPEG is
+decoded at a half, a quarter or an eighth of its size where that leaves at least twice the pixels a
+side that are asked for; the resize that follows then starts from there.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from jaxtyping import Float, Int, Shaped, UInt8
 
@@ -16,6 +21,9 @@ _TRIES = 10
 
 NUMBERS = 2 * _TRIES + 3
 """How many uniform numbers ``random_crop`` takes."""
+
+_SCALES = np.array([1, 2, 4, 8], np.int32)  # by which a JPEG may be shrunk while it is decoded
+_OTHER = len(_SCALES)  # place of what is no JPEG
 
 MAX_PIXELS = 2**30 // 6
 """The largest image that is decoded: beyond it Pillow too speaks of a decompression bomb."""
@@ -50,17 +58,7 @@ def random_crop(
     """
     contents, shape = _refuse_bombs(contents)
     window = _random_window(shape[0], shape[1], numbers, scale=scale, ratio=ratio)
-
-    def jpeg() -> tf.Tensor:
-        return tf.image.decode_and_crop_jpeg(
-            contents, window, channels=3, dct_method="INTEGER_ACCURATE"
-        )
-
-    def other() -> tf.Tensor:
-        top, left, height, width = tf.unstack(window)
-        return _decode_other(contents)[top : top + height, left : left + width]
-
-    image = _resize(tf.cond(tf.io.is_jpeg(contents), jpeg, other), [image_size, image_size])
+    image = _rectangle(contents, window[:2], window[2:], size=[image_size, image_size])
     if flip:
         image = tf.cond(numbers[-1] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
     return image
@@ -79,16 +77,11 @@ def center_crop(
     Returns:
       ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
     """
-
     contents, shape = _refuse_bombs(contents)
-
-    def jpeg() -> tf.Tensor:
-        return tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
-
-    image = tf.cond(tf.io.is_jpeg(contents), jpeg, lambda: _decode_other(contents))
-    shape = shape * resize_size // tf.reduce_min(shape)
-    top, left = tf.unstack((shape - image_size) // 2)
-    image = _resize(image, shape)[top : top + image_size, left : left + image_size]
+    size = shape * resize_size // tf.reduce_min(shape)
+    image = _rectangle(contents, tf.zeros_like(shape), shape, size=size)
+    top, left = tf.unstack((size - image_size) // 2)
+    image = image[top : top + image_size, left : left + image_size]
     return tf.ensure_shape(image, [image_size, image_size, 3])
 
 
@@ -163,17 +156,48 @@ def _random_window(
     return tf.cast(tf.concat([corner, crop], axis=0), tf.int32)
 
 
+def _rectangle(
+    contents: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor, *, size: Any
+) -> UInt8[tf.Tensor, "h w 3"]:
+    """A rectangle of an image, resized; its ``corner`` (top, left) and ``sides`` are pixels."""
+    fits = tf.reduce_min(sides // size) >= 2 * _SCALES[1:]
+    halvings = tf.reduce_sum(tf.cast(fits, tf.int32))
+    which = tf.where(tf.io.is_jpeg(contents), halvings, _OTHER)
+    scale = tf.gather(np.append(_SCALES, _SCALES[:1]), which)
+    first = corner // scale
+    window = tf.concat([first, (corner + sides + scale - 1) // scale - first], axis=0)
+
+    def decode(ratio: int) -> tf.Tensor:
+        return tf.image.decode_and_crop_jpeg(
+            contents, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
+        )
+
+    def other() -> tf.Tensor:
+        top, left, height, width = tf.unstack(window)
+        return _decode_other(contents)[top : top + height, left : left + width]
+
+    image = tf.switch_case(which, [*(partial(decode, int(ratio)) for ratio in _SCALES), other])
+    raised = tf.cast(image, tf.float32) + 0.5  # so that cutting off the fraction rounds
+
+    def plain() -> tf.Tensor:  # faster, and the same where both sides grow
+        return tf.image.resize(raised, size, method="bilinear")
+
+    def antialiased() -> tf.Tensor:
+        factor = tf.cast(size * scale / sides, tf.float32)
+        offset = tf.cast((first * scale - corner) / scale, tf.float32)
+        return tf.raw_ops.ScaleAndTranslate(
+            images=raised[None],
+            size=size,
+            scale=factor,
+            translation=offset * factor,
+            kernel_type="triangle",
+            antialias=True,
+        )[0]
+
+    grows = tf.reduce_all(sides <= size)
+    return tf.cast(tf.cond(grows, plain, antialiased), tf.uint8)
+
+
 def _decode_other(contents: tf.Tensor) -> tf.Tensor:
     image = tf.io.decode_image(contents, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
-
-
-def _resize(image: tf.Tensor, size: object) -> tf.Tensor:
-    """Bilinear, antialiased where a side shrinks; the plain kernel is faster, mostly on floats."""
-
-    def resize(antialias: bool) -> tf.Tensor:
-        return tf.image.resize(raised, size, method="bilinear", antialias=antialias)
-
-    raised = tf.cast(image, tf.float32) + 0.5  # so that cutting off the fraction rounds
-    grows = tf.reduce_all(tf.shape(image)[:2] <= size)
-    return tf.cast(tf.cond(grows, lambda: resize(False), lambda: resize(True)), tf.uint8)
