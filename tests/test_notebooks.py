@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def test_quickstart():
 @pytest.fixture(scope="module")
 def two_seeds(tmp_path_factory):
     """Two short runs that differ in their seed."""
-    folder = tmp_path_factory.mktemp("curves")
+    folder = tmp_path_factory.mktemp("curves") / "runs"
+    folder.mkdir()
     images = runs.write_images(folder / "images.npz")
     workdirs = []
     for seed in (0, 1):
@@ -144,4 +146,16 @@ def test_contribution_curves(two_seeds):
     own = sum(len(row) - 2 for run in rows for row in run)
     assert sum(row["kind"] != "target" for row in found["table"]) == own
     assert all(row["value"] is None or math.isfinite(row["value"]) for row in found["table"])
+    assert len(found["pictures"]) == 7
+
+
+@pytest.mark.slow
+def test_contribution_curves_shows_the_runs_that_there_are(two_seeds):
+    """As it is committed, beside a folder ``runs``."""
+    folder = two_seeds[0].parents[1] / "notebooks"
+    folder.mkdir()
+    shutil.copy(NOTEBOOKS / "contribution_curves.ipynb", folder)
+    found = execute(folder / "contribution_curves.ipynb", ["progress", "results"])
+    assert [(row["run"], row["seed"]) for row in found["progress"]] == [("run0", 0), ("run1", 1)]
+    assert {row["run"] for row in found["results"]} == {"run0", "run1"}
     assert len(found["pictures"]) == 7
