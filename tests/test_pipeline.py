@@ -455,6 +455,14 @@ def test_at_a_scale_pixels_are_about_those_of_the_whole_image(shape):
         assert difference.mean() <= 0.5
 
 
+@pytest.mark.parametrize("size", [32, 100, 600])
+@pytest.mark.parametrize("lost", [2, 1000])
+def test_a_jpeg_without_its_end_is_refused_at_every_scale(size, lost):
+    encoded = _jpeg(600, 901, seed=6)[0][:-lost]
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        transforms.center_crop(tf.constant(encoded), resize_size=size, image_size=size)
+
+
 def test_paths_on_another_file_system_give_what_local_ones_give(files, tmp_path):
     paths = [f"ram://{tmp_path.name}-{Path(path).name}" for path in files.images]
     for path, local in zip(paths, files.images, strict=True):
