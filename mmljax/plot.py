@@ -240,11 +240,12 @@ def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> Non
         colour, line, marker = _look(looks.index(key[-1]) if own_look else place)
         seeds = curve["seed"].nunique()
         values = _thinned(curve.groupby("step")["value"].agg(["mean", "min", "max"]))
-        label = f"{key[0]}, {seeds} seeds" if several and seeds > 1 else str(key[0])
+        label = f"{key[0]}, {seeds} seeds" if seeds > 1 else str(key[0])
+        label = label if several else _label(*key)
         axes.plot(
             values.index,
             values["mean"],
-            label=label if several else _label(*key),
+            label=f" {label}" if label.startswith("_") else label,  # such are hidden
             color=colour,
             linestyle=line,
             linewidth=1.4,

@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import threading
@@ -57,7 +58,7 @@ def rows(path):
 def shown(path):
     """The explorer with the file in it, as the printed command opens it but without a server."""
     folder = path.parent / "atlas"
-    command = look.opening_command(path).split()
+    command = shlex.split(look.opening_command(path))
     subprocess.run(
         [*command, "--export-application", str(folder)],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},

@@ -141,6 +141,14 @@ def test_a_legend_covers_no_curve_and_no_other_panel():
     assert not legends[0].overlaps(legends[1])
 
 
+def test_a_run_may_have_any_name():
+    import pandas as pd
+
+    tables = [tidy(rows_of("pair"), run=run, seed=0) for run in ("_hidden", "a & <b>")]
+    legend = contribution_figure(pd.concat(tables), panels=("losses",)).axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_hidden", "a & <b>"]
+
+
 def test_rows_of_several_runs_are_broken():
     import pandas as pd
 
