@@ -307,10 +307,10 @@ def run_seeds(
     import numpy as np
 
     from benchmarks.ablation_data import load
-    from mmljax import build
-    from mmljax.assemble import assemble
-    from mmljax.evaluate import evaluate, make_embed
     from mmljax.mesh import make_mesh
+    from mmljax.retrieval.evaluate import evaluate, make_embed
+    from mmljax.training import registry
+    from mmljax.training.trainer import assemble
 
     dataset = load(data, tuning=tuning)
     mesh = make_mesh()
@@ -328,13 +328,13 @@ def run_seeds(
         compiled = compiled or (trainer.step, make_embed(trainer.graphdef))
         step, embed = compiled
         state, ledger = trainer.state, []
-        for batch in build.train_batches(dataset, config, mesh, range(steps)):
+        for batch in registry.train_batches(dataset, config, mesh, range(steps)):
             state, scalars = step(state, batch)
             ledger.append(scalars)
         result = evaluate(
             partial(embed, state.params["network"], state.model_state),
-            build.eval_batches(dataset.query, config, mesh),
-            dataset.gallery and build.eval_batches(dataset.gallery, config, mesh),
+            registry.eval_batches(dataset.query, config, mesh),
+            dataset.gallery and registry.eval_batches(dataset.gallery, config, mesh),
             recall_at=(1,),
             chunk=8192,
             mesh=mesh,

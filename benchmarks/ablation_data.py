@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.omniglot import halve
-from mmljax.data import sources
+from mmljax.data.readers import in_shop as sources
 from mmljax.errors import UserError
 from mmljax.types import Dataset, Split
 

@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.machine import describe
 from configs import common
 from mmljax.config import DataConfig, from_mapping
-from mmljax.data.image_files import list_images
+from mmljax.data.readers.image_files import list_images
 from mmljax.types import Batch, Split
 
 QUALITY = 90  # of the JPEGs that are generated

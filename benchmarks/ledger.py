@@ -23,18 +23,19 @@ from jax.sharding import PartitionSpec
 
 from benchmarks import machine
 from benchmarks.train_step import CLASSES, make_batch, make_config
-from mmljax import build, optim, train_step
-from mmljax.assemble import assemble
-from mmljax.columns import own_proxies, own_samples
 from mmljax.config import RunSize
+from mmljax.losses.collectives import own_proxies, own_samples
+from mmljax.losses.relations import RELATIONS, objective_sums
 from mmljax.mesh import AXIS, make_mesh, place
 from mmljax.numerics import l2_normalize
-from mmljax.relations import RELATIONS, objective_sums
+from mmljax.training import optim, registry
+from mmljax.training import step as train_step
+from mmljax.training.trainer import assemble
 
 
 def plain_step(config: Any, graphdef: Any, mesh: Any, optimizer: Any) -> Any:
     """``(params, model_state, optimizer_state, key, batch) -> (the first three, norm)``."""
-    objectives = build.make_objectives(config)
+    objectives = registry.make_objectives(config)
     weights = [config.combination.weights[objective.name] for objective in objectives]
 
     def loss(params: Any, model_state: Any, key: Any, batch: Any) -> Any:

@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.objectives import CLASSES, SIZE
-from mmljax.mining import sample_miner
+from mmljax.losses.mining import sample_miner
+from mmljax.losses.pair import multi_similarity_loss
+from mmljax.losses.proxy import proxy_anchor_loss
+from mmljax.losses.relations import Context, objective_sums
 from mmljax.numerics import l2_normalize
-from mmljax.objectives.pair import multi_similarity_loss
-from mmljax.objectives.proxy import proxy_anchor_loss
-from mmljax.relations import Context, objective_sums
 from mmljax.types import Objective, PairMasks, Points
 
 GIB = 2**30

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from mmljax.mining import pair_masks, sample_miner
+from mmljax.losses.mining import pair_masks, sample_miner
+from mmljax.losses.pair import multi_similarity_loss
+from mmljax.losses.proxy import proxy_anchor_loss
 from mmljax.numerics import l2_normalize, masked_mean, similarity_matrix
-from mmljax.objectives.pair import multi_similarity_loss
-from mmljax.objectives.proxy import proxy_anchor_loss
 from mmljax.types import Points, Views
 
 CLASSES, SIZE = 3997, 512

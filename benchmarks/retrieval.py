@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mmljax.retrieval import nearest_neighbors, positive_ranks
+from mmljax.retrieval.search import nearest_neighbors, positive_ranks
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Side = Callable[[], Any]

@@ -61,9 +61,9 @@ def _bytes(text: str) -> int:
 
 def compile_step(config: Any, *, classes: int, devices: int) -> tuple[Any, Any]:
     """``(compiled step, abstract state)`` on that many devices; no array is made."""
-    from mmljax import build
-    from mmljax.assemble import assemble
     from mmljax.mesh import make_mesh, rows_sharding
+    from mmljax.training import registry
+    from mmljax.training.trainer import assemble
     from mmljax.types import Batch
 
     mesh = make_mesh(jax.devices()[:devices])
@@ -80,7 +80,7 @@ def compile_step(config: Any, *, classes: int, devices: int) -> tuple[Any, Any]:
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        build.state_shardings(shapes, mesh),
+        registry.state_shardings(shapes, mesh),
     )
     assert trainer is not None
     size, side = config.data.batch_size, config.data.image_size
@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
     from benchmarks import machine
-    from mmljax.footprint import state_bytes
+    from mmljax.training.state_bytes import state_bytes
 
     config = make_config(options)
     program, state = compile_step(config, classes=options.classes, devices=options.devices)

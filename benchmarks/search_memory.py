@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks import machine
 from mmljax.numerics import l2_normalize
-from mmljax.retrieval import nearest_neighbors
-from mmljax.streaming import streamed_nearest_neighbors
+from mmljax.retrieval.search import nearest_neighbors
+from mmljax.retrieval.streaming import streamed_nearest_neighbors
 
 GIB = 2**30
 BLOCK = 1000  # rows made at once

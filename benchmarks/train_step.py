@@ -22,10 +22,10 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from mmljax.assemble import assemble
 from mmljax.config import Config, from_mapping
 from mmljax.mesh import make_mesh, place
 from mmljax.models import resnet
+from mmljax.training.trainer import assemble
 from mmljax.types import Batch
 
 CLASSES = 3997  # In-Shop's training items

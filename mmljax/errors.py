@@ -1,11 +1,33 @@
-"""The one exception that a user's mistake raises; ``main`` prints it as one line, exit code 2."""
+"""Exceptions that a command prints as one line, and the check for optional packages."""
+
+from __future__ import annotations
+
+import importlib.util
 
 
 class UserError(ValueError):
-    """What is wrong, where (file or flag), what was found, and the cure, in one line."""
+    """A mistake of the user: what is wrong, the file or flag, what was found, and the cure.
+
+    A command prints it as one line and exits with code 2.
+    """
 
 
 class Preempted(Exception):
-    """The run was asked to make room, has saved itself, and goes on by the same command."""
+    """The run was asked to stop and saved a checkpoint; the same command resumes it."""
 
-    EXIT_CODE = 75  # the system's "try again later"
+    EXIT_CODE = 75  # EX_TEMPFAIL: try again later
+
+
+def require(module: str, *, extra: str, purpose: str) -> None:
+    """Check that an optional package is installed, before any work is done.
+
+    Args:
+      module: the package's import name.
+      extra: the extra of mmljax that installs it.
+      purpose: what needs it, such as ``--config.log.wandb=True`` or ``mmljax page``.
+
+    Raises:
+      UserError: if the package is absent.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{purpose} needs the package {module}: pip install 'mmljax[{extra}]'")

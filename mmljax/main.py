@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from mmljax import command
+from mmljax.cli import command
 from mmljax.errors import UserError
 
 flags.adopt_module_key_flags(command)
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--config is missing; for a first run: --config configs/quickstart.py")
     command.start_log()
     from mmljax.mesh import initialize_distributed, is_main_process
-    from mmljax.train import train
+    from mmljax.training.loop import train
 
     initialize_distributed()
     if not is_main_process():

@@ -17,9 +17,9 @@ def saved_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory, worker_id):
     """The README's first run, which takes minutes, once for all workers; only to be read."""
-    import runs
+    import small_runs
 
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "quickstart"
     folder.mkdir(exist_ok=True)
-    return runs.run_quickstart(folder)
+    return small_runs.run_quickstart(folder)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import runs
-from mmljax import build, protocol
+import small_runs
 from mmljax.config import Config, from_mapping, to_dict
-from mmljax.evaluate import Retrieval, retrieval_scores
 from mmljax.mesh import make_mesh
+from mmljax.retrieval import records as protocol
+from mmljax.retrieval.evaluate import Retrieval, retrieval_scores
+from mmljax.training import registry
 from mmljax.types import Dataset
 
 KINDS = ("WOMEN/Dresses", "MEN/Shorts", "UNISEX/<b>&'hats'")
@@ -34,11 +35,11 @@ def write_evaluated_run(folder: Path, *, items: int = 12, views: int = 6) -> Eva
     """A run on photographs in In-Shop's layout whose embeddings are the items' under much noise."""
     directory = folder / "data"
     _write_photographs(directory, items=items, views=views)
-    path = runs.write_config(
+    path = small_runs.write_config(
         folder / "small.py", directory, data__source="in_shop", evaluation__recall_at=(1, 4, 10)
     )
     config = from_mapping(runpy.run_path(str(path))["get_config"]())
-    dataset = build.load_dataset(config)
+    dataset = registry.load_dataset(config)
     assert dataset.gallery is not None
     random = np.random.default_rng(0)
     centers = random.normal(size=(items + 1, 8))

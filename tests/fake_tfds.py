@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mmljax.data.in_shop import InShop
+from mmljax.data.readers.in_shop_builder import InShop
 
 FEATURES: dict[str, dict[str, Any]] = {  # beside the image, as TFDS's builders have them
     "caltech_birds2011": {

@@ -108,7 +108,7 @@ def _spoil(random: Random, rows: list[list[str]]) -> list[list[str]]:
 
 def in_shop_list(random: Random, folder: Path) -> Attempt:
     """In-Shop's list of images."""
-    from mmljax.data.sources import read_in_shop
+    from mmljax.data.readers.in_shop import read_in_shop
 
     rows = _rows()
     _images(folder, rows)
@@ -137,7 +137,7 @@ def in_shop_list(random: Random, folder: Path) -> Attempt:
 
 def bounding_boxes(random: Random, folder: Path) -> Attempt:
     """In-Shop's list of boxes."""
-    from mmljax.data.in_shop_list import read_in_shop_boxes
+    from mmljax.data.readers.in_shop_list import read_in_shop_boxes
 
     header = "image_name clothes_type pose_type x_1 y_1 x_2 y_2"
     rows = [[f"img/{i}.jpg", "1", "2", "3", "4", "50", "60"] for i in range(5)]
@@ -159,7 +159,7 @@ def bounding_boxes(random: Random, folder: Path) -> Attempt:
 
 def csv_list(random: Random, folder: Path) -> Attempt:
     """A CSV of paths, labels and splits."""
-    from mmljax.data.folders import read_csv
+    from mmljax.data.readers.folder import read_csv
 
     rows = _rows()
     _images(folder, rows)
@@ -186,7 +186,7 @@ def csv_list(random: Random, folder: Path) -> Attempt:
 
 def class_folders(random: Random, folder: Path) -> Attempt:
     """A folder of class folders."""
-    from mmljax.data.folders import read_folder
+    from mmljax.data.readers.folder import read_folder
 
     for split, classes in (("train", "ab"), ("test", "cd")):
         for name in classes:
@@ -341,7 +341,7 @@ def image_skipped(random: Random, folder: Path) -> Attempt:
 
 def image_left_out(random: Random, folder: Path) -> Attempt:
     """An image of a folder that is embedded with ``--skip-corrupt``."""
-    from mmljax.data.image_files import decodable
+    from mmljax.data.readers.image_files import decodable
 
     split = _split([photograph(random, "JPEG"), broken_image(random)], folder, random)
     return lambda: int((~decodable(split, _small_data())).sum())
@@ -349,7 +349,7 @@ def image_left_out(random: Random, folder: Path) -> Attempt:
 
 def image_shown(random: Random, folder: Path) -> Attempt:
     """An image of which a page or a table wants a thumbnail."""
-    from mmljax.thumbnails import thumbnail
+    from mmljax.data.thumbnails import thumbnail
 
     split = _split([broken_image(random)], folder, random)
     return lambda: thumbnail(split, 0, side=16).width * 0
@@ -372,7 +372,7 @@ def _split(images: list[bytes], folder: Path, random: Random) -> Any:
 
 def array_file(random: Random, folder: Path) -> Attempt:
     """An ``.npz`` of images, labels and splits."""
-    from mmljax.data.sources import read_arrays
+    from mmljax.data.readers.in_shop import read_arrays
 
     arrays: dict[str, Any] = {
         "images": random.integers(0, 256, (8, 6, 6)).astype(np.uint8),
@@ -517,8 +517,8 @@ def config_values(random: Random, folder: Path, *, plain: dict[str, Any]) -> Att
 
 def run_config(random: Random, folder: Path, *, plain: dict[str, Any]) -> Attempt:
     """The ``config.json`` of a run."""
-    from mmljax.restore import load_embedder
-    from mmljax.runs import load_run_data, read_run
+    from mmljax.inference.embedder import load_embedder
+    from mmljax.runs.reader import load_run_data, read_run
 
     kind = int(random.integers(5))
     contents = json.dumps(plain).encode()
@@ -544,7 +544,7 @@ def run_config(random: Random, folder: Path, *, plain: dict[str, Any]) -> Attemp
 
 def run_metrics(random: Random, folder: Path, *, plain: dict[str, Any]) -> Attempt:
     """The ``metrics.jsonl`` of a run, damaged before its last line."""
-    from mmljax.runs import read_run
+    from mmljax.runs.reader import read_run
 
     put(folder, "config.json", json.dumps(plain).encode())
     rows = [json.dumps({"step": i, "kind": "train", "loss": 1.0}).encode() for i in range(5)]
@@ -565,8 +565,8 @@ def run_metrics(random: Random, folder: Path, *, plain: dict[str, Any]) -> Attem
 
 def run_records(random: Random, folder: Path) -> Attempt:
     """The ``queries.npz`` of one of two runs that are compared."""
-    from mmljax.compare import compare
-    from mmljax.protocol import read_records
+    from mmljax.cli.compare import compare
+    from mmljax.retrieval.records import read_records
 
     def arrays() -> dict[str, Any]:
         return {
@@ -631,7 +631,7 @@ def _damage(random: Random, checkpoints: Path) -> None:
 
 def checkpoint_read(random: Random, folder: Path, *, run: Path) -> Attempt:
     """A file of the one checkpoint that is asked for."""
-    from mmljax.checkpoints import PartialCheckpoint
+    from mmljax.training.checkpoints import PartialCheckpoint
 
     shutil.copytree(run / "checkpoints", folder / "checkpoints")
     _damage(random, folder / "checkpoints")
@@ -640,7 +640,7 @@ def checkpoint_read(random: Random, folder: Path, *, run: Path) -> Attempt:
 
 def checkpoint_passed_over(random: Random, folder: Path, *, run: Path, state: Any) -> Attempt:
     """A file of the last checkpoint, when a run goes on: the one before is taken, whole."""
-    from mmljax.checkpoints import TORN, Checkpoints
+    from mmljax.training.checkpoints import TORN, Checkpoints
 
     directory = folder / "checkpoints"
     shutil.copytree(run / "checkpoints", directory)
@@ -664,7 +664,7 @@ def embeddings(random: Random, folder: Path) -> Attempt:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from mmljax.gallery import FORMAT, embeddings_table, read_gallery
+    from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
 
     names, labels = np.array(["a", "b", "c"]), np.array([0, 1, 2], np.int32)
     table = embeddings_table(names, labels, np.eye(3, 4, dtype=np.float32))

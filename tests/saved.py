@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import runs
-from mmljax import build
-from mmljax.assemble import assemble
-from mmljax.checkpoints import Checkpoints
+import small_runs
 from mmljax.config import Config, from_mapping, to_dict
-from mmljax.evaluate import embed_batches, make_embed
+from mmljax.inference.embedder import TrainedEmbedder, load_embedder
 from mmljax.mesh import make_mesh
-from mmljax.restore import TrainedEmbedder, load_embedder
+from mmljax.retrieval.evaluate import embed_batches, make_embed
+from mmljax.training import registry
+from mmljax.training.checkpoints import Checkpoints
+from mmljax.training.trainer import assemble
 from mmljax.types import Split, TrainState
 
 STEPS = (3, 5)
@@ -43,15 +43,15 @@ def write_run(folder: Path, *, noise: float = 0.3, **changes: Any) -> SavedRun:
     folder.mkdir(parents=True, exist_ok=True)
     images = folder / "images.npz"
     if "data__directory" not in changes:
-        runs.write_images(images)
-    path = runs.write_config(folder / "small.py", images, **changes)
+        small_runs.write_images(images)
+    path = small_runs.write_config(folder / "small.py", images, **changes)
     config = from_mapping(runpy.run_path(str(path))["get_config"]())
     mesh = make_mesh()
-    dataset = build.load_dataset(config)
+    dataset = registry.load_dataset(config)
     trainer = assemble(
         config,
         classes=dataset.classes,
-        channels=build.image_channels(dataset),
+        channels=registry.image_channels(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
     )
@@ -65,7 +65,7 @@ def write_run(folder: Path, *, noise: float = 0.3, **changes: Any) -> SavedRun:
             params=trainer.state.params | {"network": network},
             model_state=jax.tree.map(noised, trainer.state.model_state),
         )
-        state = jax.device_put(state, build.state_shardings(state, mesh))
+        state = jax.device_put(state, registry.state_shardings(state, mesh))
         saved.save(state, step=step, metrics=None)
         states[step] = state
     saved.close()
@@ -77,7 +77,7 @@ def own_embeddings(run: SavedRun, split: Split, *, step: int) -> tuple[np.ndarra
     """Embeddings and labels of a split as the trainer's own evaluation makes them."""
     state = run.states[step]
     embed = partial(run.embed, state.params["network"], state.model_state)
-    return embed_batches(embed, build.eval_batches(split, run.config, make_mesh()))
+    return embed_batches(embed, registry.eval_batches(split, run.config, make_mesh()))
 
 
 @functools.cache

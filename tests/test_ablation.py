@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, ablation_table
-from mmljax import build
+from mmljax.training import registry
 
 
 def record(row: str, seed: int, recall: float, *, tuning: bool, setting: dict | None = None):
@@ -32,8 +32,8 @@ def test_every_setting_of_every_row_is_a_config_that_builds() -> None:
             for setting in row.settings:
                 config = ablation.make_config(row, setting, seed=3, steps=7)
                 assert config.seed == 3
-                build.make_objectives(config)
-                build.make_combination(config)
+                registry.make_objectives(config)
+                registry.make_combination(config)
             chosen[name] = row.settings[0]
     assert len(chosen) > 30
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import runs
+import small_runs
 from mmljax.config import SyntheticConfig
 
-DOCS = runs.ROOT / "docs"
-PHOTOGRAPHS = runs.ROOT.parent / "shared" / "data" / "grocery" / "grocery_inshop.zip"
+DOCS = small_runs.ROOT / "docs"
+PHOTOGRAPHS = small_runs.ROOT.parent / "shared" / "data" / "grocery" / "grocery_inshop.zip"
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=runs.ROOT,
+        cwd=small_runs.ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
@@ -67,7 +67,7 @@ def test_every_page_is_in_the_site_and_loads_nothing_from_elsewhere(site):
 
 def test_the_reference_has_what_the_docstrings_say(site):
     objectives = site / "reference" / "objectives" / "index.html"
-    assert "mmljax.objectives.pair.multi_similarity_loss" in Page(objectives).anchors
+    assert "mmljax.losses.pair.multi_similarity_loss" in Page(objectives).anchors
     assert "Multi-Similarity" in objectives.read_text()
 
 
@@ -82,7 +82,7 @@ def photographs(folder: Path) -> None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(archive.read(name))
         return
-    from mmljax.data.synthetic import write_synthetic
+    from mmljax.data.synthetic.dataset import write_synthetic
 
     write_synthetic(folder.parent / "drawn", SyntheticConfig(60, 40, 8, 64, 0))
     for path in (folder.parent / "drawn").rglob("*.jpg"):
@@ -96,9 +96,9 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
     )
     assert len(blocks) == 10
     photographs(tmp_path / "photos")
-    (tmp_path / "configs").symlink_to(runs.ROOT / "configs")
+    (tmp_path / "configs").symlink_to(small_runs.ROOT / "configs")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = runs.environment(PATH=path, PYTHONPATH=str(runs.ROOT))
+    environment = small_runs.environment(PATH=path, PYTHONPATH=str(small_runs.ROOT))
     printed = []
     for number, block in enumerate(blocks, 1):
         done = subprocess.run(
@@ -112,7 +112,7 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
         )
         assert done.returncode == 0, f"command {number}: {done.stderr}"
         printed.append(done.stdout)
-    results = runs.results(tmp_path / "runs" / "three")
+    results = small_runs.results(tmp_path / "runs" / "three")
     assert results["scores"]["recall@1"] > results["untrained"]["recall@1"] > 0
     assert "recall@1" in printed[4]
     first = printed[7].splitlines()[1].split()

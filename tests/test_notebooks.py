@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import runs
+import small_runs
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'mmljax[notebook]' brings it")
 
-NOTEBOOKS = runs.ROOT / "notebooks"
+NOTEBOOKS = small_runs.ROOT / "notebooks"
 EVERY = pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
 
 
@@ -97,11 +97,11 @@ def two_seeds(tmp_path_factory):
     """Two short runs that differ in their seed."""
     folder = tmp_path_factory.mktemp("curves") / "runs"
     folder.mkdir()
-    images = runs.write_images(folder / "images.npz")
+    images = small_runs.write_images(folder / "images.npz")
     workdirs = []
     for seed in (0, 1):
-        config = runs.write_config(folder / f"seed{seed}.py", images, seed=seed)
-        done = runs.run(config, folder / f"run{seed}")
+        config = small_runs.write_config(folder / f"seed{seed}.py", images, seed=seed)
+        done = small_runs.run(config, folder / f"run{seed}")
         assert done.returncode == 0, done.stderr
         workdirs.append(folder / f"run{seed}")
     return workdirs

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmljax import build, combination, optim
 from mmljax.config import GroupConfig, OptimizerConfig, RunSize
+from mmljax.losses import combination, pair, proxy, separation
 from mmljax.mesh import AXIS, make_mesh, place
 from mmljax.numerics import l2_normalize
-from mmljax.objectives import pair, proxy, separation
-from mmljax.train_step import make_train_step
+from mmljax.training import optim, registry
+from mmljax.training.step import make_train_step
 from mmljax.types import Batch, Objective, TrainState
 
 CLASSES, SIZE, PIXELS = 10, 6, 5
@@ -66,7 +66,7 @@ OPTIMIZER = OptimizerConfig(
 
 def objectives(*, rule: str = "either", memory: bool = False) -> list[Objective]:
     """Pair, mined proxy and separation."""
-    miner = build.MINERS[rule]
+    miner = registry.MINERS[rule]
     bound = miner and partial(miner, margin=0.1, blend=0.5)
     return [
         Objective(
@@ -150,7 +150,7 @@ def make(
         else (),
         key=jax.random.key(7),
     )
-    state = jax.device_put(state, build.state_shardings(state, mesh))
+    state = jax.device_put(state, registry.state_shardings(state, mesh))
     step = make_train_step(
         graphdef=graphdef,
         objectives=rows,

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from mmljax.config import DataConfig, choose
 from mmljax.data import transforms
-from mmljax.data.arrays import check_eval_size, host_batch, one_ahead
+from mmljax.data.array_pipeline import check_eval_size, host_batch, one_ahead
 from mmljax.data.sampling import (
     augmentation_numbers,
     check_batch,

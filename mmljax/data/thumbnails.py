@@ -1,0 +1,65 @@
+"""Small pictures of a split's images, for people to look at; by Pillow."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmljax.data import paths as files
+from mmljax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmljax.types import Split
+
+
+def thumbnail(split: Split, row: int, *, side: int) -> Image:
+    """An image of a split in RGB, its longer side ``side`` pixels, or as it is where smaller.
+
+    Args:
+      split: of paths, encoded bytes or arrays.
+      row: which image.
+      side: pixels.
+
+    Raises:
+      UserError: naming an image that cannot be read, is damaged or is far too large.
+    """
+    from PIL import Image
+
+    stored = split.images[row]
+    too_large = Image.DecompressionBombWarning, Image.DecompressionBombError
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what else is odd in a file that can be shown
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with _opened(stored) as image:
+                image.draft("RGB", (side, side))  # a JPEG is decoded at about this size
+                small = image.convert("RGB")
+                small.thumbnail((side, side))
+    except (OSError, ValueError, SyntaxError, *too_large) as error:
+        raise UserError(
+            f"image {split.names[row]} cannot be shown ({' '.join(str(error).split())[:200]}); "
+            "fetch it again"
+        ) from None
+    return small
+
+
+def webp(image: Image, *, side: int, quality: int) -> bytes:
+    """A picture as a WebP file, its longer side at most ``side`` pixels."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=quality, method=4)
+    return file.getvalue()
+
+
+def _opened(stored: Any) -> Image:
+    from PIL import Image
+
+    if isinstance(stored, np.ndarray):
+        return Image.fromarray(stored[..., 0] if stored.shape[-1] == 1 else stored)
+    return Image.open(io.BytesIO(stored if isinstance(stored, bytes) else files.read(stored)))

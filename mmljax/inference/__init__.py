@@ -1,0 +1,1 @@
+"""A trained network used: embeddings, files of them, exported networks."""

@@ -1,0 +1,1 @@
+"""Losses, miners and combinations: pure functions that import only JAX and NumPy."""

@@ -1,0 +1,285 @@
+"""Objectives between samples: each anchor with the references that share its class or do not.
+
+All are pure functions of a block of cosine similarities of **unit** embeddings: rows are the
+anchors, columns the references (the global batch, or the batch and a memory). The masks say which
+columns are positives and negatives of each row; the anchor itself belongs to neither. What comes
+back is one value per anchor and whether it enters the mean. Half precision is computed in
+float32. No hyperparameter has a default, since papers disagree on them.
+
+Notation: ``s`` similarity, ``P`` and ``N`` the positives and negatives of a row,
+``[z]+ = max(0, z)``, ``D = sqrt(2 - 2 s)`` the Euclidean distance.
+
+>>> import jax.numpy as jnp
+>>> from mmljax.types import PairMasks
+>>> similarity = jnp.array([[1.0, 0.7, 0.6, -0.5]])  # the anchor, a positive, two negatives
+>>> masks = PairMasks(
+...     positive=jnp.array([[False, True, False, False]]),
+...     negative=jnp.array([[False, False, True, True]]),
+... )
+>>> value, valid = triplet_hard_loss(similarity, masks, margin=0.2)  # 0.2 + 0.6 - 0.7
+>>> round(float(value[0]), 4), bool(valid[0])
+(0.1, True)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mmljax.losses.blocks import chord_distance, promote
+from mmljax.numerics import masked_logsumexp, masked_mean
+from mmljax.types import PairMasks, Values
+
+
+def multi_similarity_loss(
+    similarity: Float[Array, "n m"],
+    masks: PairMasks,
+    *,
+    alpha: float,
+    beta: float,
+    base: float,
+) -> Values:
+    """Multi-Similarity: ``log(1 + sum_P e^(-a (s - l))) / a + log(1 + sum_N e^(b (s - l))) / b``.
+
+    Relation: sample to sample. Every row is valid: the mean runs over all anchors, also over
+    those with nothing left after mining.
+
+    Source: Wang et al. 2019, arXiv 1904.06627. Deviation: pairs leave by the masks
+    alone (the authors' code drops positives with ``s >= 1 - 1e-5``, hence duplicates too, and
+    skips an anchor whose mined positives or negatives are empty).
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape, mined or not.
+      alpha: sharpness over the positives.
+      beta: sharpness over the negatives.
+      base: the cosine ``l`` from which both sides push away.
+    """
+    s = promote(similarity)
+    attraction = masked_logsumexp(-alpha * (s - base), masks.positive, add_one=True) / alpha
+    repulsion = masked_logsumexp(beta * (s - base), masks.negative, add_one=True) / beta
+    return _mean_over_all(attraction + repulsion)
+
+
+def contrastive_loss(
+    similarity: Float[Array, "n m"],
+    masks: PairMasks,
+    *,
+    positive_margin: float,
+    negative_margin: float,
+) -> Values:
+    """Contrastive, cosine form: ``sum_P [m_p - s]+ + sum_N [s - m_n]+``.
+
+    Relation: sample to sample. Every row is valid: the sum over pairs is divided by the number
+    of anchors.
+
+    Source: Hadsell, Chopra, LeCun 2006 (CVPR), eq. 4, with cosines for distances and no square,
+    as in Wang et al. 2020 (cross-batch memory, arXiv 1912.06798). Deviation from the code of
+    the latter: a hinge proper, with the margin subtracted from the negatives.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      positive_margin: positives at least this similar cost nothing.
+      negative_margin: negatives at most this similar cost nothing.
+    """
+    s = promote(similarity)
+    attraction = jnp.where(masks.positive, jax.nn.relu(positive_margin - s), 0)
+    repulsion = jnp.where(masks.negative, jax.nn.relu(s - negative_margin), 0)
+    return _mean_over_all(jnp.sum(attraction + repulsion, axis=-1))
+
+
+def triplet_hard_loss(
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float
+) -> Values:
+    """Batch-hard triplet: ``[margin + max_N s - min_P s]+``.
+
+    Relation: sample to sample. Valid: anchors with a positive and a negative.
+
+    Source: Hermans, Beyer, Leibe 2017, arXiv 1703.07737, eq. 5. Deviation: cosines for
+    distances. Since ``D^2 = 2 - 2 s``, a margin here is half a margin of squared distances.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      margin: in cosine.
+    """
+    s = promote(similarity)
+    farthest = jnp.min(jnp.where(masks.positive, s, jnp.inf), axis=-1)
+    nearest = jnp.max(jnp.where(masks.negative, s, -jnp.inf), axis=-1)
+    valid = _any(masks.positive) & _any(masks.negative)
+    return Values(jnp.where(valid, jax.nn.relu(margin + nearest - farthest), 0), valid)
+
+
+def triplet_semihard_loss(
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float
+) -> Values:
+    """Semi-hard triplet: per positive the most similar negative that is less similar than it.
+
+    The value is the mean of ``[margin + s_n - s_p]+`` over the positives that have such a
+    negative. Relation: sample to sample. Valid: anchors with such a positive.
+    Time ``O(n m log m)``, memory ``O(n m)``.
+
+    Source: Schroff, Kalenichenko, Philbin 2015 (FaceNet), arXiv 1503.03832, eq. 4. Deviations:
+    cosines for squared distances (half the margin); the paper leaves open which semi-hard
+    negative is taken, here it is the hardest; a positive without one is left out, where
+    TensorFlow Addons takes the farthest negative.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      margin: in cosine.
+    """
+    s = promote(similarity)
+    ordered = _ordered_negatives(s, masks.negative)
+    below = _count_below(ordered, s, side="left")
+    semihard = masks.positive & (below > 0)
+    negative = jnp.take_along_axis(ordered, jnp.maximum(below - 1, 0), axis=-1)
+    hinge = jax.nn.relu(margin + negative - s)
+    return Values(masked_mean(Values(hinge, semihard)), _any(semihard))
+
+
+def triplet_all_loss(similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float) -> Values:
+    """All triplets: the mean of ``[margin + s_n - s_p]+`` over those triplets where it is not 0.
+
+    Relation: sample to sample. Valid: anchors with at least one violating triplet.
+    The triplets are never laid out: sorted negatives and their sums from the top give the same
+    in time ``O(n m log m)`` and memory ``O(n m)``.
+
+    Source: Hermans, Beyer, Leibe 2017, arXiv 1703.07737, eq. 6 ("batch all", non-zero mean).
+    Deviations: cosines for distances (see :func:`triplet_hard_loss`); the mean runs over the
+    triplets of each anchor, then over anchors.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      margin: in cosine.
+    """
+    s = promote(similarity)
+    ordered = _ordered_negatives(s, masks.negative)
+    kept = jnp.where(ordered == jnp.inf, 0, ordered)
+    sums = jnp.pad(jax.lax.cumsum(kept, axis=1, reverse=True), ((0, 0), (0, 1)))
+    start = _count_below(ordered, s - margin, side="right")
+    violating = jnp.sum(masks.negative, axis=-1, keepdims=True, dtype=start.dtype) - start
+    hinges = jnp.take_along_axis(sums, start, axis=-1) - violating.astype(s.dtype) * (s - margin)
+    total = jnp.sum(jnp.where(masks.positive, hinges, 0), axis=-1)
+    count = jnp.sum(jnp.where(masks.positive, violating, 0), axis=-1)
+    valid = (count > 0) | jnp.isnan(total)
+    return Values(total / jnp.maximum(count, 1).astype(s.dtype), valid)
+
+
+def margin_loss(
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float, beta: float
+) -> Values:
+    """Margin: the mean of ``[margin + D_p - beta]+`` and ``[margin + beta - D_n]+`` that are not 0.
+
+    Relation: sample to sample; made for masks whose negatives were drawn evenly over distances.
+    Valid: anchors with at least one pair that is not 0.
+
+    Source: Wu et al. 2017, arXiv 1706.07567. Deviations: ``beta`` is fixed; the mean over
+    active pairs runs over those of each anchor, then over anchors.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      margin: half-width of the band around ``beta``, a Euclidean distance.
+      beta: the distance that parts positives from negatives.
+    """
+    distance = chord_distance(promote(similarity))
+    attraction = jnp.where(masks.positive, jax.nn.relu(margin + distance - beta), 0)
+    repulsion = jnp.where(masks.negative, jax.nn.relu(margin + beta - distance), 0)
+    hinge = attraction + repulsion
+    active = hinge != 0  # a NaN is active too, so it is not hidden
+    return Values(masked_mean(Values(hinge, active)), _any(active))
+
+
+def circle_loss(
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float, gamma: float
+) -> Values:
+    """Circle: ``log(1 + sum_N e^(g w_n (s - m)) sum_P e^(-g w_p (s - 1 + m)))``.
+
+    The weights ``w_n = [s + m]+`` and ``w_p = [1 + m - s]+`` are constants to the gradient.
+    Relation: sample to sample. Valid: anchors with a positive and a negative.
+
+    Source: Sun et al. 2020, arXiv 2002.10857: the form with margins, its optima at
+    ``1 + m`` and ``-m``.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      margin: relaxation ``m``.
+      gamma: scale ``g``.
+    """
+    s = promote(similarity)
+    weight_p = jax.lax.stop_gradient(jax.nn.relu(1 + margin - s))
+    weight_n = jax.lax.stop_gradient(jax.nn.relu(s + margin))
+    attraction = masked_logsumexp(-gamma * weight_p * (s - 1 + margin), masks.positive)
+    repulsion = masked_logsumexp(gamma * weight_n * (s - margin), masks.negative)
+    valid = _any(masks.positive) & _any(masks.negative)
+    return Values(jnp.where(valid, jax.nn.softplus(attraction + repulsion), 0), valid)
+
+
+def supcon_loss(similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float) -> Values:
+    """Supervised contrastive: ``-mean_P log(e^(s / t) / sum_(P and N) e^(s / t))``.
+
+    Relation: sample to sample. Valid: anchors with a positive.
+
+    Source: Khosla et al. 2020, arXiv 2004.11362, eq. 2 (the sum outside the log), with a mean
+    over anchors for the sum. A column in neither mask leaves the denominator too.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      temperature: ``t``.
+    """
+    logits = promote(similarity) / temperature
+    normalizer = masked_logsumexp(logits, masks.positive | masks.negative)
+    valid = _any(masks.positive)
+    mean = masked_mean(Values(logits, masks.positive))
+    return Values(jnp.where(valid, normalizer - mean, 0), valid)
+
+
+def nt_xent_loss(
+    similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float
+) -> Values:
+    """NT-Xent: ``-mean_P log(e^(s_p / t) / (e^(s_p / t) + sum_N e^(s / t)))``.
+
+    Other positives do not stand in the denominator, unlike :func:`supcon_loss`.
+    Relation: sample to sample. Valid: anchors with a positive.
+
+    Source: Chen et al. 2020 (SimCLR), arXiv 2002.05709, eq. 1. Deviation: several positives per
+    anchor are averaged, then anchors.
+
+    Args:
+      similarity: anchors by references.
+      masks: of the same shape.
+      temperature: ``t``.
+    """
+    logits = promote(similarity) / temperature
+    repulsion = masked_logsumexp(logits, masks.negative)[:, None]
+    pairs = jnp.where(_any(masks.negative)[:, None], jax.nn.softplus(repulsion - logits), 0)
+    return Values(masked_mean(Values(pairs, masks.positive)), _any(masks.positive))
+
+
+def _any(mask: Bool[Array, "n m"]) -> Bool[Array, " n"]:
+    return jnp.any(mask, axis=-1)
+
+
+def _mean_over_all(value: Float[Array, " n"]) -> Values:
+    return Values(value, jnp.ones_like(value, bool))
+
+
+def _ordered_negatives(s: Float[Array, "n m"], negative: Bool[Array, "n m"]) -> Float[Array, "n m"]:
+    """Each row's negatives in rising order, then infinities."""
+    return jnp.sort(jnp.where(negative, s, jnp.inf), axis=-1)
+
+
+def _count_below(
+    ordered: Float[Array, "n m"], threshold: Float[Array, "n m"], *, side: str
+) -> Int[Array, "n m"]:
+    """How many of its row's ordered values lie below each threshold (``right``: or on it)."""
+    count = jax.vmap(functools.partial(jnp.searchsorted, side=side))
+    return count(jax.lax.stop_gradient(ordered), jax.lax.stop_gradient(threshold))

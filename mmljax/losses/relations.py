@@ -1,0 +1,132 @@
+"""Rows local, columns gathered: every objective as sums over the rows that a device owns.
+
+An objective looks from rows to columns; both are samples or proxies. The functions here turn
+points into masks, mine them, apply the loss and sum, for all rows at once or block by block so
+that memory grows with the block rather than with the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from mmljax.losses.mining import pair_masks, proxy_masks
+from mmljax.numerics import masked_sum, similarity_matrix
+from mmljax.types import Objective, PairMasks, Points, Values, Views
+
+SAMPLES, PROXIES = "samples", "proxies"
+
+RELATIONS = {  # relation: (rows, columns)
+    "sample_to_sample": (SAMPLES, SAMPLES),
+    "proxy_to_sample": (PROXIES, SAMPLES),
+    "sample_to_proxy": (SAMPLES, PROXIES),
+    "proxy_to_proxy": (PROXIES, PROXIES),
+}
+
+
+class Context(NamedTuple):
+    """What mining needs besides rows and columns; constants, no gradient flows through them."""
+
+    partners: Float[Array, "n d"]  # of an anchor: its class's nearest proxy
+    keys: PRNGKeyArray  # [n]: one per row
+    kept: PairMasks  # [B m]: the anchors' selection, for mined proxy objectives
+    anchor_labels: Array  # [B]
+
+
+class Kept(NamedTuple):
+    """Numbers of pairs before and after mining."""
+
+    positive: Float[Array, ""]
+    negative: Float[Array, ""]
+    all_positive: Float[Array, ""]
+    all_negative: Float[Array, ""]
+
+
+def nearest_class_proxies(
+    vectors: Float[Array, "n d"], own: Float[Array, "n k d"]
+) -> Float[Array, "n d"]:
+    """Of each sample, the proxy that is most similar to it among the ``k`` of its class."""
+    similarity = jnp.einsum("nd,nkd->nk", vectors, own, precision="highest")
+    best = jnp.argmax(similarity, axis=1)
+    return jnp.take_along_axis(own, best[:, None, None], axis=1)[:, 0]
+
+
+def mined_masks(
+    objective: Objective,
+    similarity: Float[Array, "n m"],
+    rows: Points,
+    columns: Points,
+    context: Context,
+) -> tuple[PairMasks, PairMasks]:
+    """The masks of an objective's block, unmined and mined."""
+    row_kind, column_kind = RELATIONS[objective.relation]
+    masks = pair_masks(rows, columns, same_kind=row_kind == column_kind)
+    if objective.miner is None:
+        return masks, masks
+    if row_kind == PROXIES:
+        own = rows.labels[:, None] == context.anchor_labels[None, :]
+        return masks, proxy_masks(context.kept, own & rows.valid[:, None], masks)
+    views = Views(
+        sample=similarity,
+        proxy=similarity_matrix(context.partners, columns.vectors),
+        anchor=jnp.sum(context.partners * rows.vectors, axis=1),
+        keys=context.keys,
+    )
+    return masks, objective.miner(jax.lax.stop_gradient(views), masks)
+
+
+def objective_sums(
+    objective: Objective, rows: Points, columns: Points, context: Context, *, row_block: int
+) -> tuple[Float[Array, " terms"], tuple[Float[Array, " terms"], Kept]]:
+    """Sums of an objective's terms over its rows, with the counts that they are divided by.
+
+    Args:
+      objective: what to compute.
+      rows: ``n`` points.
+      columns: ``m`` points.
+      context: for mining.
+      row_block: rows of similarities held at once, recomputed on the way back; 0 for all.
+
+    Returns:
+      ``(sums, (counts, kept))``; the objective's value over all devices is
+      ``sum over terms of psum(sums) / psum(counts)``.
+    """
+
+    def block(rows: Points, context: Context) -> tuple[Array, tuple[Array, Kept]]:
+        similarity = similarity_matrix(rows.vectors, columns.vectors)
+        masks, mined = mined_masks(objective, similarity, rows, columns, context)
+        value, valid = objective.loss(similarity, mined)
+        sums, counts = masked_sum(Values(value, valid & rows.valid))
+        kept = Kept(*(_count(m) for m in (*mined, *masks)))
+        return sums.reshape(-1), (counts.reshape(-1), kept)
+
+    n = rows.labels.shape[0]
+    if row_block == 0 or n <= row_block:
+        return block(rows, context)
+    blocks = -(-n // row_block)
+
+    def split(x: Array) -> Array:
+        padding = [(0, blocks * row_block - n)] + [(0, 0)] * (x.ndim - 1)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.concatenate([x, x[: padding[0][1]]]).reshape(blocks, row_block)
+        return jnp.pad(x, padding).reshape(blocks, row_block, *x.shape[1:])
+
+    # Of the context, what belongs to anchors is split with them; proxies as rows have no such part.
+    anchors = RELATIONS[objective.relation][0] == SAMPLES
+    split_context = (context.partners, context.keys) if anchors else None
+    row_blocks = jax.tree.map(split, (rows, split_context))
+
+    @jax.checkpoint
+    def one(xs: tuple[Points, tuple[Array, Array] | None]) -> tuple[Array, tuple[Array, Kept]]:
+        block_rows, own = xs
+        return block(block_rows, context._replace(partners=own[0], keys=own[1]) if own else context)
+
+    # Padding rows are not valid (False), so they add to no sum and no count.
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(one, row_blocks))
+
+
+def _count(mask: Bool[Array, "n m"]) -> Float[Array, ""]:
+    return jnp.sum(mask, dtype=jnp.float32)

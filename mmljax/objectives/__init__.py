@@ -1,1 +1,0 @@
-"""Pure objectives on similarity blocks."""

@@ -1,0 +1,222 @@
+"""Exact top-k of one block of similarities, and of blocks side by side: the parts of every search.
+
+:func:`mmljax.retrieval.search.nearest_neighbors` and its kin put them together. Everywhere equal
+similarities are ordered by their place in the gallery, lower first, and a query is kept from
+finding itself by its index.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mmljax.errors import UserError
+from mmljax.numerics import similarity_matrix
+
+WIDTH = 128
+"""Chunks are multiples of it, so that backends choose one kernel, and round alike."""
+
+CPU_ROWS = 32
+"""Rows of a query block per call of top-k on CPU; query blocks are multiples of it."""
+
+_SMALLEST_GROUP = 8  # below it, finding the best groups costs more than it spares
+
+_Result = TypeVar("_Result", bound=tuple)
+
+
+class Neighbors(NamedTuple):
+    """The gallery's rows most similar to each query, best first."""
+
+    similarity: Float[Array, "q k"]
+    indices: Int[Array, "q k"]
+
+
+class Chunks(NamedTuple):
+    """A gallery to be searched part by part, without a copy of it."""
+
+    gallery: Float[Array, "g d"]
+    width: int  # rows of a part
+    whole: int  # parts of that width
+    tail: Float[Array, "t d"] | None  # the rows after them, padded
+
+
+def in_chunks(gallery: Array, *, k: int, chunk: int) -> Chunks:
+    """Parts of about one size, at most ``chunk`` rows if these are enough for ``k`` neighbours."""
+    rows = gallery.shape[0]
+    width = round_up(max(-(-rows // -(-rows // chunk)), k), WIDTH)
+    whole = rows // width
+    left = rows - whole * width
+    tail = pad_rows(gallery[whole * width :], round_up(max(left, k), WIDTH)) if left else None
+    return Chunks(gallery, width, whole, tail)
+
+
+def search_chunks(
+    queries: Array,
+    own: Array,
+    *,
+    chunks: Chunks,
+    rows: Array | int,
+    k: int,
+    score: Callable[[Array, Array], Array] = similarity_matrix,
+) -> Neighbors:
+    """Neighbours of one block of queries among the first ``rows`` rows of the chunks.
+
+    Where there are fewer than ``k``, the list ends in similarities of -inf.
+    """
+    search = functools.partial(search_chunk, queries, own, rows=rows, k=k, score=score)
+
+    def step(best: Neighbors, first: Array) -> tuple[Neighbors, None]:
+        part = lax.dynamic_slice_in_dim(chunks.gallery, first, chunks.width)
+        return merge(best, search(part, first=first), k=k), None
+
+    if not chunks.whole and chunks.tail is not None:
+        return search(chunks.tail, first=0)
+    start = Neighbors(
+        jnp.full((queries.shape[0], k), -jnp.inf, jnp.float32),
+        jnp.zeros((queries.shape[0], k), jnp.int32),
+    )
+    best, _ = lax.scan(step, start, jnp.arange(chunks.whole) * chunks.width)
+    if chunks.tail is None:
+        return best
+    return merge(best, search(chunks.tail, first=chunks.whole * chunks.width), k=k)
+
+
+def search_chunk(
+    queries: Array,
+    own: Array,
+    part: Array,
+    *,
+    first: Array | int,
+    rows: Array | int,
+    k: int,
+    score: Callable[[Array, Array], Array] = similarity_matrix,
+) -> Neighbors:
+    """Neighbours in the chunk that starts at gallery row ``first``, of rows below ``rows``."""
+    found = _grouped_top_k(score(queries, part), own - first, rows - first, k=k)
+    return found._replace(indices=found.indices + first)
+
+
+def merge(best: Neighbors, new: Neighbors, *, k: int) -> Neighbors:
+    """The k best of a list and one of later gallery rows."""
+    # What was found before has the lower indices, and goes first, as top-k prefers on ties.
+    both = Neighbors(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
+    return best_of(both, k=k)
+
+
+def best_of(found: Neighbors, *, k: int) -> Neighbors:
+    """The k best of lists side by side, those of lower gallery indices first."""
+    value, place = _top_k(found.similarity, k)
+    return Neighbors(
+        value, jnp.take_along_axis(found.indices, place, axis=1, mode="promise_in_bounds")
+    )
+
+
+def _grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:
+    """Top-k of each row over the columns below ``rows`` other than ``own``.
+
+    Of groups of columns side by side, only those with the highest maxima are looked into. That is
+    exact: let x be one of the k best (by value, then by lower column), and k groups be preferred
+    to its own. Each has a maximum above x, or equal to x at a lower column, as of equal maxima
+    those of lower columns are preferred. So k columns come before x: a contradiction.
+
+    To hide columns before the maxima would slow the one pass over all similarities. They are hidden
+    afterwards, so two maxima may be hidden columns' (of the group of ``own``, and of the group that
+    ``rows`` cuts in two), and two groups more are chosen.
+    """
+    group = _group_size(similarity.shape[1], k)
+    if group == 1:
+        column = jnp.arange(similarity.shape[1])
+        hidden = (column >= rows) | (column == own[:, None])
+        return Neighbors(*_top_k(jnp.where(hidden, -jnp.inf, similarity), k))
+    grouped = similarity.reshape(similarity.shape[0], -1, group)
+    starts = jnp.arange(grouped.shape[1]) * group
+    # Not jnp.max, which XLA's CPU hands to a library that is slower on rows so short.
+    peak = lax.reduce(grouped, -jnp.inf, lambda a, b: jnp.where(a > b, a, b), (2,))
+    peak, chosen = _top_k(jnp.where(starts < rows, peak, -jnp.inf), k + 2)
+    chosen = jnp.sort(chosen, axis=1)
+    column = (chosen[:, :, None] * group + jnp.arange(group)).reshape(chosen.shape[0], -1)
+    value = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1, mode="promise_in_bounds")
+    value = value.reshape(column.shape)
+    # Nothing below the lowest chosen peak is among the best; hiding it makes the top-k cheaper.
+    hidden = (column >= rows) | (column == own[:, None]) | (value < peak[:, -1:])
+    return best_of(Neighbors(jnp.where(hidden, -jnp.inf, value), column), k=k)
+
+
+def _top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """``lax.top_k``; on CPU by slices, as XLA gives each call one thread but runs several."""
+
+    def sliced(x: Array) -> tuple[Array, ...]:
+        parts = [lax.top_k(part, k) for part in jnp.split(x, max(1, x.shape[0] // CPU_ROWS))]
+        return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
+
+    return lax.platform_dependent(x, cpu=sliced, default=lambda x: tuple(lax.top_k(x, k)))
+
+
+def in_blocks(
+    function: Callable[..., _Result], arrays: tuple[Array, ...], *, block: int
+) -> _Result:
+    """``function`` over blocks of the arrays' rows, one after the other; the results joined."""
+    rows = arrays[0].shape[0]
+    blocks, block = block_rows(rows, block)
+    split = [pad_rows(x, blocks * block).reshape(blocks, block, *x.shape[1:]) for x in arrays]
+    results = lax.map(lambda items: function(*items), tuple(split))
+    return jax.tree.map(lambda x: x.reshape(blocks * block, *x.shape[2:])[:rows], results)
+
+
+def block_rows(rows: int, block: int) -> tuple[int, int]:
+    """How many blocks of at most about ``block`` rows, and the rows of each."""
+    blocks = -(-rows // block)
+    return blocks, round_up(-(-rows // blocks), CPU_ROWS)
+
+
+def own_rows(self_index: Array | None, queries: Array) -> Array:
+    """Each query's own gallery row, -1 for none."""
+    if self_index is None:
+        return jnp.full(queries.shape[0], -1, jnp.int32)
+    return jnp.asarray(self_index).astype(jnp.int32)
+
+
+def pad_rows(x: Array, rows: int) -> Array:
+    """``x`` with zeros below, up to that many rows."""
+    return jnp.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The smallest multiple that is at least ``x``."""
+    return -(-x // multiple) * multiple
+
+
+def _group_size(width: int, k: int) -> int:
+    """Columns per group: a power of two that makes about as many groups as candidates."""
+    group = min(2 ** round(math.log2(math.sqrt(width / k))), WIDTH)
+    return group if group >= _SMALLEST_GROUP and width // group >= k + 2 else 1
+
+
+def check_search(
+    queries: Array, gallery: Array | np.ndarray, k: int, chunk: int, self_index: Array | None
+) -> None:
+    """Raise ``UserError`` for a search that cannot be done."""
+    others = gallery.shape[0] - (self_index is not None)
+    if queries.shape[1] != gallery.shape[1]:
+        raise UserError(
+            f"queries and gallery differ in embedding size: {queries.shape[1]} and "
+            f"{gallery.shape[1]}; embed both with the same network"
+        )
+    if not queries.shape[0]:
+        raise UserError("there is no query to search for; check the split")
+    if k < 1 or chunk < 1:
+        raise UserError(f"k and chunk must be at least 1, found k={k} and chunk={chunk}")
+    if k > others:
+        excluded = " besides each query itself" if self_index is not None else ""
+        raise UserError(
+            f"k={k} neighbours asked of a gallery of {others} rows{excluded}; lower k "
+            "(--config.evaluation.recall_at) or add to the gallery"
+        )

@@ -1,0 +1,309 @@
+"""The pictures of runs: what each objective contributed, in small panels side by side.
+
+The house style is here alone. Curves differ by line and marker as well as by colour, so they can
+be told apart in grey; a run looks the same in every panel, and so does an objective.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mmljax.errors import UserError
+from mmljax.runs.table import tidy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+class Panel(NamedTuple):
+    """One quantity, or a few of one kind."""
+
+    title: str
+    quantities: str  # a pattern
+    axis: tuple[int, int] | str  # range, "linear", or "log" where the values call for it
+
+
+class Circle(NamedTuple):
+    """Points on the unit circle and what pulls at them; NumPy."""
+
+    samples: np.ndarray  # [n 2]
+    labels: np.ndarray  # [n], each the row of its proxy
+    proxies: np.ndarray  # [c 2]
+    sample_forces: np.ndarray  # [n 2]
+    proxy_forces: np.ndarray  # [c 2]
+
+
+PANELS: Mapping[str, Panel] = {
+    "losses": Panel("raw loss", "loss", "log"),
+    "weights": Panel("contribution weight", "weight", "log"),
+    "embedding_shares": Panel(
+        "share of the gradient at the embeddings", "share_embeddings", (0, 1)
+    ),
+    "proxy_shares": Panel("share of the gradient at the proxies", "share_proxies", (0, 1)),
+    "conflict": Panel("cosine of gradients at the embeddings", "conflict", (-1, 1)),
+    "kept": Panel("pairs kept by mining", "kept_positive|kept_negative", (0, 1)),
+    "retrieval": Panel("retrieval", r"recall@\d+|map@r", "linear"),
+}
+
+_POINTS = 400  # of a curve; longer ones are shown by means of neighbouring steps
+_ACROSS = 4  # panels of several runs, at most
+_LEGEND = 60  # characters across a panel's legend, its lines and gaps among them
+_INK = (  # colour, line, marker: told apart in grey by line and by marker
+    ("#1a1a1a", "-", "o"),
+    ("#0072b2", "--", "s"),
+    ("#d55e00", "-.", "^"),
+    ("#8c8c8c", ":", "D"),
+    ("#009e73", (0, (5, 1, 1, 1, 1, 1)), "v"),
+    ("#b07aa1", (0, (8, 3)), "P"),
+    ("#56b4e9", (0, (4, 1, 1, 1)), "X"),
+    ("#e69f00", (0, (1, 1)), "*"),
+)
+_SVG: Any = {"svg.hashsalt": "mmljax", "svg.fonttype": "path"}  # the same file for the same curves
+
+
+def plot_contributions(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Draw what each objective contributed over a run, one small panel per quantity.
+
+    Args:
+      rows: as ``read_metrics`` gives them; a quantity that no row has gets no panel.
+      path: of the picture; its suffix says the format (``.png``, ``.svg``, ``.pdf``).
+
+    Returns:
+      The path, or None where there is nothing to draw or no matplotlib (a line says so).
+    """
+    try:
+        figure = contribution_figure(tidy(rows, run="", seed=0))
+    except ImportError as error:
+        logging.warning("no plot: %s is absent; pip install 'mmljax[plot]' brings it", error.name)
+        return None
+    return None if figure is None else write_figure(figure, path)
+
+
+def contribution_figure(
+    table: DataFrame, *, panels: Sequence[str] = tuple(PANELS)
+) -> Figure | None:
+    """Panels of a tidy table (:mod:`mmljax.runs.table`).
+
+    Of one run, a panel per quantity with a curve per objective. Of several runs, rows of panels
+    per quantity, one for each objective, with a curve per run. Seeds of a run are one curve, their
+    mean, within a band from the least to the greatest. Targets of shares are thin dotted lines.
+
+    Args:
+      table: of one or several runs.
+      panels: keys of ``PANELS``, in order; those without values are left out.
+
+    Returns:
+      None where there is nothing to draw.
+
+    Raises:
+      UserError: on a panel that there is not.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for key in panels:
+        if key not in PANELS:
+            raise UserError(f"there is no panel {key!r}; panels are {', '.join(PANELS)}")
+    parts = [(PANELS[key], _of_panel(table, PANELS[key])) for key in panels]
+    parts = [(panel, part) for panel, part in parts if (part["kind"] != "target").any()]
+    if not parts:
+        return None
+    several = table["run"].nunique() > 1
+    grid = _by_objective(parts) if several else _in_rows(parts)
+    down, across = len(grid), max(map(len, grid))
+    figure = Figure(figsize=(4.2 * across, 2.9 * down), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    looks = list(dict.fromkeys(table["run"] if several else _objectives(parts)))
+    for i, row in enumerate(grid):
+        for j, (panel, part, title) in enumerate(row):
+            axes = figure.add_subplot(down, across, i * across + j + 1)
+            axes.set_title(title, loc="left", fontsize=10)
+            _draw(axes, part, looks, several=several)
+            _finish(axes, panel.axis)
+    return figure
+
+
+def circle_figure(circles: Mapping[str, Circle]) -> Figure:
+    """Samples and proxies in two dimensions with the forces on them, a panel per title.
+
+    Samples are filled, proxies large and hollow; a class has one marker and colour. The longest
+    arrow of a panel has length 0.5, so lengths compare within a panel only.
+
+    Args:
+      circles: by title.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle as Outline
+
+    figure = Figure(figsize=(3.6 * len(circles), 3.9), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    for place, (title, circle) in enumerate(circles.items(), 1):
+        axes = figure.add_subplot(1, len(circles), place)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.add_patch(Outline((0, 0), 1, fill=False, color="#8c8c8c", linewidth=0.8))
+        for label, proxy in enumerate(circle.proxies):
+            colour, _, marker = _look(label)
+            own = circle.samples[circle.labels == label]
+            axes.scatter(own[:, 0], own[:, 1], s=28, color=colour, marker=marker, zorder=2)
+            axes.scatter(
+                proxy[0], proxy[1], s=130, edgecolors=colour, facecolors="none", marker=marker
+            )
+        forces = np.concatenate([circle.sample_forces, circle.proxy_forces])
+        lengths = np.linalg.norm(forces, axis=1)
+        seen = lengths > 0.01 * lengths.max()  # shorter ones would be dots
+        if seen.any():
+            starts = np.concatenate([circle.samples, circle.proxies])
+            axes.quiver(
+                *starts[seen].T,
+                *(forces[seen] / lengths.max() / 2).T,
+                angles="xy",
+                scale_units="xy",
+                scale=1,
+                width=0.008,
+                color="#1a1a1a",
+                zorder=3,
+            )
+        axes.set(aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
+        axes.set_axis_off()
+    return figure
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure in the format that the suffix says, and return its path."""
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(_SVG):
+        figure.savefig(path)
+    return path
+
+
+def svg_of(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element on no ground of its own, for a page or a notebook."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context(_SVG):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+_Cell = tuple[Panel, "DataFrame", str]  # with its title
+
+
+def _of_panel(table: DataFrame, panel: Panel) -> DataFrame:
+    part = table[table["quantity"].str.fullmatch(panel.quantities)]
+    return part[(part["quantity"] != "loss") | (part["name"] != "")]  # not the sum
+
+
+def _objectives(parts: Sequence[tuple[Panel, DataFrame]]) -> list[str]:
+    """Names in the order in which they get their looks."""
+    return list(dict.fromkeys(name for _, part in parts for name in part["name"] if name))
+
+
+def _in_rows(parts: Sequence[tuple[Panel, DataFrame]]) -> list[list[_Cell]]:
+    across = min(3, len(parts))
+    cells = [(panel, part, panel.title) for panel, part in parts]
+    return [cells[i : i + across] for i in range(0, len(cells), across)]
+
+
+def _by_objective(parts: Sequence[tuple[Panel, DataFrame]]) -> list[list[_Cell]]:
+    grid = []
+    for panel, part in parts:
+        curves = part[part["kind"] != "target"][["quantity", "name"]].drop_duplicates()
+        row = []
+        for quantity, name in curves.itertuples(index=False):
+            cell = part[(part["quantity"] == quantity) & (part["name"] == name)]
+            title = f"{panel.title}: {_label(quantity, name)}"
+            row.append((panel, cell, title))
+        grid += [row[i : i + _ACROSS] for i in range(0, len(row), _ACROSS)]
+    return grid
+
+
+def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> None:
+    """Curves of one panel: of each run, or of each objective."""
+    targets = part[part["kind"] == "target"]
+    keys = ["run"] if several else ["quantity", "name"]
+    curves = part[part["kind"] != "target"].groupby(keys, sort=False)
+    owners = [key[-1] for key, _ in curves]  # runs or objectives
+    for place, (key, curve) in enumerate(curves):
+        own_look = key[-1] in looks and owners.count(key[-1]) == 1
+        colour, line, marker = _look(looks.index(key[-1]) if own_look else place)
+        seeds = curve["seed"].nunique()
+        values = _thinned(curve.groupby("step")["value"].agg(["mean", "min", "max"]))
+        label = f"{key[0]}, {seeds} seeds" if seeds > 1 else str(key[0])
+        label = label if several else _label(*key)
+        axes.plot(
+            values.index,
+            values["mean"],
+            label=f" {label}" if label.startswith("_") else label,  # such are hidden
+            color=colour,
+            linestyle=line,
+            linewidth=1.4,
+            marker=marker,
+            markersize=3.5,
+            markevery=max(1, len(values) // 8),
+        )
+        if seeds > 1:
+            axes.fill_between(
+                values.index, values["min"], values["max"], color=colour, alpha=0.18, linewidth=0
+            )
+        aims = targets if several else targets[(targets["name"] == key[-1])]
+        for aim in aims[aims["run"].isin(curve["run"])]["value"].unique():
+            axes.axhline(aim, color=colour, linestyle=(0, (1, 3)), linewidth=1)
+
+
+def _look(place: int) -> tuple[str, Any, str]:
+    """Colour, line and marker; past the last ink the markers shift, so that none comes again."""
+    colour, line, _ = _INK[place % len(_INK)]
+    return colour, line, _INK[(place + place // len(_INK)) % len(_INK)][2]
+
+
+def _thinned(values: DataFrame) -> DataFrame:
+    """At most ``_POINTS`` rows, each the mean of as many neighbouring ones."""
+    every = -(-len(values) // _POINTS)
+    if every == 1:
+        return values
+    values = values.reset_index()
+    return values.groupby(np.arange(len(values)) // every).mean().set_index("step")
+
+
+def _label(quantity: str, name: str) -> str:
+    if quantity.startswith("kept_"):
+        return f"{quantity.removeprefix('kept_')}, {name}"
+    return name or quantity.replace("recall", "Recall").replace("map@r", "MAP@R")
+
+
+def _finish(axes: Any, axis: tuple[int, int] | str) -> None:
+    if isinstance(axis, tuple):
+        margin = 0.04 * (axis[1] - axis[0])
+        axes.set_ylim(axis[0] - margin, axis[1] + margin)
+        if axis[0] < 0:
+            axes.axhline(0, color="#8c8c8c", linewidth=0.6, zorder=0)
+    elif axis == "log":
+        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        values = values[np.isfinite(values)]
+        if values.size and values.min() > 0 and values.max() > 10 * values.min():
+            axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(which="both", labelsize=8)
+    axes.set_xlabel("step", fontsize=8)
+    labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+    axes.legend(  # below the axes, where no curve can run
+        frameon=False,
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(-0.02, -0.2),
+        ncols=max(1, min(4, _LEGEND // (8 + max(map(len, labels))))),
+        columnspacing=1,
+        handlelength=3,
+    )

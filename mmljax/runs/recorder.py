@@ -1,0 +1,157 @@
+"""What the training loop tells: its ledger row by row, its rates, and a warning where they sink."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+import optax
+
+from mmljax.errors import UserError
+from mmljax.losses.ledger import Scalars
+from mmljax.runs.throughput import Compilations, InputWait
+from mmljax.runs.writer import Reporter
+from mmljax.types import Batch
+
+FIRST_STEPS = 2  # in which the step may compile: on the state as it was made, and on its own
+WINDOW = 10.0  # seconds, at least, over which the wait for input is judged
+
+_log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Holds scalars on the device and fetches them in blocks, so that no step waits for them."""
+
+    def __init__(
+        self,
+        reporter: Reporter,
+        schedules: Mapping[str, optax.Schedule],
+        *,
+        input_wait_warning: float,
+    ) -> None:
+        """Start the clocks.
+
+        Args:
+          reporter: takes the rows.
+          schedules: learning rate of each optimiser group, for the rows.
+          input_wait_warning: share of the time spent waiting for input above which a warning says
+            what to do.
+        """
+        self._reporter = reporter
+        self._schedules = schedules
+        self._input_wait_warning = input_wait_warning
+        self._rows: list[tuple[int, Scalars]] = []
+        self._steps = 0
+        self._wait, self._compilations = InputWait(), Compilations()
+        self._waited = self._seconds = 0.0  # that the next judgement is of
+        self._starved = self._recompiled = False
+        self.restart_clock()
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, and the wait for it on the clock."""
+        batch = self._wait.next(batches)
+        if self._steps == 0:
+            self.restart_clock()
+        return batch
+
+    def add(self, step: int, scalars: Scalars) -> None:
+        """Keep the scalars of a step that has been handed to the devices."""
+        self._rows.append((step, scalars))
+        self._steps += 1
+        self._wait.step(next(iter(scalars.values())))
+
+    def flush(self) -> None:
+        """Write the rows since the last flush, and the rates.
+
+        Raises:
+          UserError: at the first scalar that is not finite.
+        """
+        for step, scalars in jax.device_get(self._rows):
+            row = {name: float(value) for name, value in scalars.items()}
+            for group, schedule in self._schedules.items():
+                row[f"learning_rate/{group}"] = float(schedule(step - 1))
+            self._reporter.train(step, row)
+            if not np.all(np.isfinite(list(row.values()))):
+                raise UserError(
+                    f"{describe_broken(row)} at step {step}; the last checkpoint is kept: lower "
+                    "--config.optimizer.*.learning_rate or set --config.optimizer.clip_norm"
+                )
+        seconds = time.perf_counter() - self._since
+        waited = self._wait.seconds - self._waited_before
+        self._reporter.progress(
+            seconds=seconds,
+            steps=len(self._rows),
+            waited=waited,
+            compilations=self._compilations.count,
+        )
+        self._judge_input(waited=waited, seconds=seconds)
+        self._judge_compilations()
+        self._rows = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what went before out of the rates: the start, evaluations, saves."""
+        self._since = time.perf_counter()
+        self._waited_before = self._wait.seconds
+        self._compiled_before = self._compilations.count
+        self._settled = self._steps >= FIRST_STEPS
+
+    def close(self) -> None:
+        """Stop watching the steps and the compiler."""
+        self._wait.close()
+        self._compilations.close()
+
+    def _judge_input(self, *, waited: float, seconds: float) -> None:
+        """Warn when the input begins to lag, over long enough to tell."""
+        self._waited += waited
+        self._seconds += seconds
+        if self._seconds < WINDOW:
+            return
+        share = self._waited / self._seconds
+        self._waited = self._seconds = 0.0
+        starved = share > self._input_wait_warning
+        if starved and not self._starved:
+            _log.warning(
+                "the devices wait for input %.0f%% of the time, more than "
+                "--config.log.input_wait_warning=%g: raise --config.data.threads (0: one per core) "
+                "or --config.data.prefetch; store the images near --config.data.resize_size, which "
+                "decode faster; or hold them as arrays (--config.data.source='arrays')",
+                100 * share,
+                self._input_wait_warning,
+            )
+        self._starved = starved
+
+    def _judge_compilations(self) -> None:
+        """Warn when steps begin to be compiled again."""
+        more = self._compilations.count - self._compiled_before
+        recompiled = self._settled and more > 0
+        if recompiled and not self._recompiled:
+            _log.warning(
+                "%d programs compiled after the first %d steps, the last of them %s: a shape or a "
+                "dtype changes between steps; JAX_EXPLAIN_CACHE_MISSES=1 says which",
+                more,
+                FIRST_STEPS,
+                self._compilations.last,
+            )
+        self._recompiled = recompiled
+
+
+def describe_broken(row: Mapping[str, float]) -> str:
+    """What is not finite in a row of the ledger: the objective that went first, with its entries.
+
+    If no objective's own loss or gradient is to blame, the network's gradient is.
+    """
+    broken = [name for name, value in row.items() if not np.isfinite(value)]
+    for kind in ("loss", "gradient_embeddings", "gradient_proxies"):
+        blamed = [name.split("/")[1] for name in broken if name.startswith(f"{kind}/")]
+        if blamed:
+            entries = [
+                f"{name.split('/')[0]} {value:.4g}"
+                for name, value in row.items()
+                if name.endswith(f"/{blamed[0]}")
+            ]
+            return f"objective {blamed[0]} not finite ({', '.join(entries)})"
+    return f"{', '.join(broken)} not finite"

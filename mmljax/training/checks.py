@@ -1,0 +1,290 @@
+"""What can be told of a run before it begins: each check is a function that returns a finding."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from mmljax.config import CheckpointConfig, Config
+from mmljax.data.tensorflow_devices import visible_accelerators
+from mmljax.errors import UserError
+from mmljax.mesh import make_mesh
+from mmljax.runs import writer
+from mmljax.training import registry
+from mmljax.training.trainer import Trainer, assemble
+from mmljax.types import Dataset, TrainState
+
+_ACCELERATORS = {  # the file of a device's driver: what it is, and our extra that uses it
+    "/dev/nvidiactl": ("an NVIDIA GPU", "cuda"),
+    "/dev/accel0": ("a TPU", "tpu"),
+}
+
+
+class Finding(NamedTuple):
+    """What a check found; of what is wrong, the cure too."""
+
+    verdict: Literal["ok", "warn", "FAIL", "skip"]
+    name: str
+    text: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether a run would not go."""
+        return self.verdict == "FAIL"
+
+
+def check_versions(requirements: Sequence[str] | None = None) -> Finding:
+    """What is installed, against what the package asks for.
+
+    Args:
+      requirements: as ``name>=version``; those of the installed package if None.
+    """
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires("mmljax") or ()
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+            requirements = ()
+    found = writer.versions()
+    wrong = [r for r in requirements if not _satisfied(r)]
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    if wrong:
+        needed = " ".join(f"'{requirement}'" for requirement in wrong)
+        return Finding("FAIL", "versions", f"{text}: too old or absent: pip install -U {needed}")
+    return Finding("ok", "versions", text)
+
+
+def _satisfied(requirement: str) -> bool:
+    """Whether ``name>=version`` is installed; True of requirements of extras."""
+    match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)
+    if match is None:
+        return True
+    try:
+        installed = importlib.metadata.version(match[1])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return _numbers(installed) >= _numbers(match[2])
+
+
+def _numbers(version: str) -> list[int]:
+    release = re.match(r"[\d.]*", version)
+    return [int(part) for part in release[0].split(".") if part] if release else []
+
+
+def check_devices() -> Finding:
+    """The devices that JAX uses, and whether it overlooks one."""
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        text = f"JAX finds no device ({_one_line(error)}): check the driver, or set JAX_PLATFORMS"
+        return Finding("FAIL", "devices", text)
+    first = devices[0]
+    memory = (first.memory_stats() or {}).get("bytes_limit")
+    size = f", {_size(memory)} each" if memory else ""
+    text = f"{len(devices)} x {first.device_kind}{size}"
+    if registry.PROXY_MULTIPLE % len(devices):
+        cure = f"use a power of two of them, up to {registry.PROXY_MULTIPLE}"
+        return Finding("FAIL", "devices", f"{text}: proxies do not divide over these: {cure}")
+    for file, (what, extra) in _ACCELERATORS.items():
+        if first.platform == "cpu" and os.path.exists(file):
+            cure = f"pip install 'mmljax[{extra}]'"
+            return Finding("warn", "devices", f"{text}: {what} is there and not used: {cure}")
+    return Finding("ok", "devices", text)
+
+
+def check_tensorflow() -> Finding:
+    """That TensorFlow leaves the accelerators to JAX."""
+    name = "TensorFlow"
+    seen = visible_accelerators()
+    if seen is None:
+        text = "absent, so only arrays can be read: pip install 'mmljax[data]' for image files"
+        return Finding("warn", name, text)
+    if seen:
+        text = f"sees {', '.join(seen)}: pip install tensorflow-cpu in place of tensorflow"
+        return Finding("FAIL", name, text)
+    return Finding("ok", name, "sees no accelerator")
+
+
+def check_workdir(workdir: Path) -> Finding:
+    """That a checkpoint could be written; what is made for it is removed again."""
+    folder, name = workdir.absolute() / "checkpoints", "workdir"
+    made: list[Path] = []
+    try:
+        made += [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        text = f"{folder} cannot be written ({error}): choose another --workdir"
+        return Finding("FAIL", name, text)
+    finally:
+        for path in made:  # the deepest first
+            with suppress(OSError):
+                path.rmdir()
+    return Finding("ok", name, f"{folder} can be written")
+
+
+def check_disk(workdir: Path, state: TrainState, *, kept: CheckpointConfig) -> Finding:
+    """Free disk against the checkpoints that are kept, and the one that is being written.
+
+    Args:
+      workdir: of the run; need not be there yet.
+      state: what a checkpoint holds.
+      kept: how many are.
+    """
+    place = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    needed = checkpoint_bytes(state) * (kept.keep_last + kept.keep_best + 1)
+    text = f"{_size(free)} free at {place}, checkpoints take up to {_size(needed)}"
+    if free < needed:
+        cure = "make room, lower --config.checkpoint.keep_last, or choose another --workdir"
+        return Finding("FAIL", "disk", f"{text}: {cure}")
+    return Finding("ok" if free > 2 * needed else "warn", "disk", text)
+
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """Of one checkpoint, before compression."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def check_data(config: Config) -> tuple[Finding, Dataset | None]:
+    """That the data set is there, and what it holds; it is None where it is not."""
+    try:
+        dataset = registry.load_dataset(config)
+    except UserError as error:
+        return Finding("FAIL", "data", str(error)), None
+    gallery = "self-retrieval" if dataset.gallery is None else f"{len(dataset.gallery.labels)}"
+    text = (
+        f"train {len(dataset.train.labels)} images of {dataset.classes} items, "
+        f"query {len(dataset.query.labels)}, gallery {gallery}"
+    )
+    return Finding("ok", "data", text), dataset
+
+
+def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | None]:
+    """That the config's parts fit together and its weights can be read; then it is ready to go."""
+    try:
+        trainer = assemble(
+            config,
+            classes=dataset.classes,
+            channels=registry.image_channels(dataset),
+            train_examples=len(dataset.train.labels),
+            mesh=make_mesh(),
+        )
+    except UserError as error:
+        return Finding("FAIL", "config", str(error)), None
+    except jax.errors.JaxRuntimeError as error:
+        return Finding("FAIL", "config", f"the state has no room ({_one_line(error)})"), None
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params["network"]))
+    size = _size(checkpoint_bytes(trainer.state))
+    text = f"{parameters / 1e6:.2f} M parameters in the network, {size} of state"
+    return Finding("ok", "config", text), trainer
+
+
+def check_speed(
+    config: Config, dataset: Dataset, trainer: Trainer, workdir: Path, *, seconds: float
+) -> Finding:
+    """Images per second that the input makes, against those that the steps take.
+
+    The steps' rate is that of the run in ``workdir`` where there is one, without its waits for
+    input; else a few steps are timed here.
+
+    Args:
+      config: of the run.
+      dataset: of it.
+      trainer: of it; its state is given away.
+      workdir: of it.
+      seconds: for each of the two, after their start.
+    """
+    name = "input against step"
+    try:
+        made = input_rate(config, dataset, seconds=seconds)
+        logged = logged_step_rate(workdir)
+        taken = logged or step_rate(config, dataset, trainer, seconds=seconds)
+    except UserError as error:
+        return Finding("FAIL", name, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        cure = "lower --config.data.batch_size, or set --config.model.compute_dtype=bfloat16"
+        return Finding("FAIL", name, f"a step cannot run ({_one_line(error)}): {cure}")
+    source = f"in {workdir / writer.METRICS}" if logged else "measured"
+    text = f"{made:.0f} images/s made, {taken:.0f} images/s taken ({source})"
+    if made < taken:
+        cure = "raise --config.data.threads, or store the images smaller or as arrays"
+        return Finding("warn", name, f"{text}; steps would wait {1 - made / taken:.0%}: {cure}")
+    return Finding("ok", name, text)
+
+
+def input_rate(config: Config, dataset: Dataset, *, seconds: float) -> float:
+    """Images per second of the training input alone, read as fast as it goes.
+
+    The batches that were made ahead while the input started are left out, or as many of them as
+    come in that time again.
+    """
+    batches: Any = registry.train_batches(dataset, config, make_mesh(), range(1_000_000))
+    with closing(batches):
+        jax.block_until_ready(next(batches))
+        _count(itertools.islice(batches, config.data.prefetch + 1), seconds=seconds)
+        count, took = _count(batches, seconds=seconds)
+    return count * config.data.batch_size / took
+
+
+def step_rate(config: Config, dataset: Dataset, trainer: Trainer, *, seconds: float) -> float:
+    """Images per second of the compiled step on one batch, again and again."""
+    batches: Any = registry.train_batches(dataset, config, make_mesh(), range(1))
+    with closing(batches):
+        batch = next(batches)
+    state = trainer.state
+    for _ in range(2):  # the second may compile anew, on the state that the first one made
+        state, _ = jax.block_until_ready(trainer.step(state, batch))
+
+    def steps() -> Iterable[Any]:
+        nonlocal state
+        while True:
+            state, scalars = trainer.step(state, batch)
+            yield scalars
+
+    count, took = _count(steps(), seconds=seconds)
+    return count * config.data.batch_size / took
+
+
+def logged_step_rate(workdir: Path) -> float | None:
+    """Images per second of the run's steps without waits; None where it has told no rates."""
+    if not (workdir / writer.METRICS).exists():
+        return None
+    rows = [row for row in writer.read_metrics(workdir) if row["kind"] == "rates"]
+    # The first row has the compilation in it.
+    rates = [row["images_per_second"] / max(1 - row["input_wait"], 0.01) for row in rows[1:]]
+    return statistics.median(rates) if rates else None
+
+
+def _count(items: Iterable[Any], *, seconds: float) -> tuple[int, float]:
+    """How many came in about that time, one at least, and how long it took."""
+    begin = time.perf_counter()
+    count, took = 0, 0.0
+    for item in items:
+        jax.block_until_ready(item)
+        count, took = count + 1, time.perf_counter() - begin
+        if took >= seconds:
+            break
+    return count, took
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,230 @@
+"""A whole run: build, restore, loop, final evaluation. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mmljax.config import Config, to_dict
+from mmljax.data.readers.in_shop import count_small_classes
+from mmljax.errors import Preempted, UserError
+from mmljax.mesh import is_main_process, make_mesh, sync
+from mmljax.retrieval import records as protocol
+from mmljax.retrieval.clustering import check_available
+from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
+from mmljax.runs import writer
+from mmljax.runs.html import write_page
+from mmljax.runs.loggers import Logger, make_loggers
+from mmljax.runs.plot import plot_contributions
+from mmljax.runs.recorder import Recorder
+from mmljax.runs.workdir import claimed
+from mmljax.training import checkpoints, optim, registry
+from mmljax.training import state_bytes as footprint
+from mmljax.training.checks import check_disk
+from mmljax.training.preemption import Preemption
+from mmljax.training.trainer import assemble
+from mmljax.types import Dataset, TrainState
+
+_log = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Train and evaluate as ``config`` says, going on from ``workdir`` where a run was broken off.
+
+    Args:
+      config: the run; see ``configs/common.py``.
+      workdir: where checkpoints, metrics and results go.
+      dataset: images already in memory, in place of ``config.data.source``.
+
+    Returns:
+      What ``results.json`` holds; nothing on processes other than the first.
+
+    Raises:
+      UserError: on data or a config that cannot be used, a disk that is full, or a loss that is
+        not finite.
+      Preempted: if the process was asked to end (SIGTERM), and saved itself.
+    """
+    started = time.time()
+
+    # Everything that the config names, so that a mistake shows before any work is done.
+    mesh = make_mesh()
+    dataset = registry.load_dataset(config) if dataset is None else dataset
+    trainer = assemble(
+        config,
+        classes=dataset.classes,
+        channels=registry.image_channels(dataset),
+        train_examples=len(dataset.train.labels),
+        mesh=mesh,
+        pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else its weights go on
+    )
+    state, total = trainer.state, trainer.total_steps
+    evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
+    save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
+    embed = make_embed(trainer.graphdef)
+    stamp = protocol.make_stamp(dataset, config)
+    if config.evaluation.clustering:
+        check_available()
+
+    def score(state: TrainState) -> Retrieval:
+        return evaluate(
+            partial(embed, state.params["network"], state.model_state),
+            registry.eval_batches(dataset.query, config, mesh),
+            dataset.gallery and registry.eval_batches(dataset.gallery, config, mesh),
+            recall_at=config.evaluation.recall_at,
+            chunk=config.evaluation.gallery_chunk,
+            mesh=mesh,
+            geometry=config.evaluation.geometry,
+            clustering=config.evaluation.clustering,
+        )
+
+    with ExitStack() as stack:  # whatever ends the run, saves under way are finished
+        stack.enter_context(claimed(workdir, config))
+        preemption = stack.enter_context(Preemption())
+        saved = checkpoints.Checkpoints(
+            workdir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        )
+        stack.callback(saved.close)
+        state, first = _restore(saved, state)
+        if first == 0 and (room := check_disk(workdir, state, kept=config.checkpoint)).failed:
+            raise UserError(f"disk: {room.text}")
+        _describe(config, dataset, state, total=total, first=first)
+        reporter = writer.Reporter(
+            workdir,
+            start_step=first,
+            total_steps=total,
+            batch_size=config.data.batch_size,
+            loggers=_loggers(config, workdir, first=first),
+            enabled=is_main_process(),
+        )
+        stack.callback(reporter.close)
+        if first == 0 and config.evaluation.untrained:
+            reporter.evaluation(0, score(state).summary())
+
+        # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
+        # of s, so that a run which goes on from it has them all.
+        recorder = Recorder(
+            reporter,
+            trainer.schedules,
+            input_wait_warning=config.log.input_wait_warning,
+        )
+        stack.callback(recorder.close)
+        batches = registry.train_batches(dataset, config, mesh, range(first, total))
+        for step in range(first + 1, total + 1):
+            batch = recorder.next_batch(batches)
+            state, scalars = trainer.step(state, batch)
+            recorder.add(step, scalars)
+            evaluates = step == total or _due(step, evaluate_every)
+            stops = preemption.requested(step) and step < total
+            saves = evaluates or stops or _due(step, save_every)
+            if saves or _due(step, config.log.every):
+                recorder.flush()
+            scores = None
+            if evaluates:
+                result = score(state)
+                scores = result.summary()
+                reporter.evaluation(step, scores)
+                _record(workdir, step, stamp, dataset, result)
+            if saves:
+                saved.save(state, step=step, metrics=scores)
+                recorder.restart_clock()
+            if stops:
+                raise Preempted(f"asked to stop; saved at step {step} of {total}")
+
+    sync("finish")
+    return _finish(config, workdir, saved.directory, dataset, stamp=stamp, started=started)
+
+
+def _loggers(config: Config, workdir: Path, *, first: int) -> list[Logger]:
+    if not is_main_process():
+        return []
+    return make_loggers(config.log, workdir, config=to_dict(config), start_step=first)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _restore(saved: checkpoints.Checkpoints, state: TrainState) -> tuple[TrainState, int]:
+    restored = saved.restore(state)
+    if restored is None:
+        return state, 0
+    first = int(restored.step)
+    _log.info("going on from step %d of %s", first, saved.directory)
+    return restored, first
+
+
+def _describe(
+    config: Config, dataset: Dataset, state: TrainState, *, total: int, first: int
+) -> None:
+    small = count_small_classes(dataset.train.labels, size=config.data.images_per_class)
+    gallery = "none (self-retrieval)" if dataset.gallery is None else len(dataset.gallery.labels)
+    _log.info(
+        "devices: %d x %s; train %d images of %d items; query %d; gallery %s",
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        len(dataset.train.labels),
+        dataset.classes,
+        len(dataset.query.labels),
+        gallery,
+    )
+    _log.info(
+        "%d items have fewer than K=%d images and are sampled with repetition",
+        small,
+        config.data.images_per_class,
+    )
+    _log.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
+    _log.info(footprint.describe(state))
+    _log.info("steps %d to %d of %s", first, total, config.duration)
+
+
+def _record(
+    workdir: Path, step: int, stamp: dict[str, Any], dataset: Dataset, result: Retrieval
+) -> None:
+    """Keep what each query had in the last evaluation."""
+    if is_main_process():
+        protocol.write_records(workdir, protocol.make_records(stamp, step, dataset, result))
+
+
+def _finish(
+    config: Config,
+    workdir: Path,
+    saved: Path,
+    dataset: Dataset,
+    *,
+    stamp: dict[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Write the results, draw the contributions and the page, and say where everything is."""
+    if not is_main_process():
+        return {}
+    rows = writer.read_metrics(workdir)
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    scores = evaluations[-1]
+    untrained = next((row for row in evaluations if row["step"] == 0), None)
+    results = writer.write_results(
+        workdir,
+        scores=scores,
+        config=to_dict(config),
+        extra={"protocol": stamp, "untrained": untrained, "seconds": time.time() - started},
+    )
+    paths = {"checkpoint": saved, "results": results}
+    if config.log.plot and (plot := plot_contributions(rows, workdir / "contributions.png")):
+        paths["plot"] = plot
+    if config.log.plot:
+        try:
+            paths["page"] = write_page(workdir, dataset=dataset, config=config)
+        except UserError as error:  # a finished run does not fail for want of its page
+            _log.warning("no page: %s", error)
+    print(writer.recall_table(scores, untrained=untrained), flush=True)  # noqa: T201
+    for name, path in paths.items():
+        print(f"{name:<11}{path}", flush=True)  # noqa: T201
+    return json.loads(results.read_text())

@@ -1,0 +1,171 @@
+"""Answers to query images, against a slow stable argsort in float64."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+import saved
+from mmljax.cli import embed, search
+from mmljax.errors import UserError
+from mmljax.inference import embed as offline
+from mmljax.inference import embedder as restore
+from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
+from mmljax.inference.parquet_parts import METADATA
+from mmljax.training import registry
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    monkeypatch.setattr(restore, "load_embedder", saved.load_once)
+
+
+def write_gallery(path: Path, vectors: np.ndarray, labels: np.ndarray) -> Path:
+    names = np.array([f"image {i}" for i in range(len(vectors))])
+    table = embeddings_table(names, labels, vectors)
+    told = {"format": FORMAT, "rows": len(vectors), "embedding_size": vectors.shape[1]}
+    table = table.replace_schema_metadata({METADATA: json.dumps(told).encode()})
+    parquet.write_table(table, path, row_group_size=7)
+    return path
+
+
+def slow_search(queries, gallery, *, k):
+    similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(similarity, order, axis=1)
+
+
+@pytest.mark.parametrize("chunk", [1, 128, 32768])
+@pytest.mark.parametrize("rows", [5, 300])
+def test_answers_equal_a_slow_argsort_with_ties(tmp_path, monkeypatch, rows, chunk):
+    random = np.random.default_rng(rows)
+    # Multiples of 1/4, so that sums are exact in float32 and many are equal.
+    gallery = (random.integers(-2, 3, (rows, 6)) / 4).astype(np.float32)
+    queries = (random.integers(-2, 3, (9, 6)) / 4).astype(np.float32)
+    labels = random.integers(-1, 4, rows)
+    monkeypatch.setattr(search, "CHUNK", chunk)
+    opened = read_gallery(write_gallery(tmp_path / "g.parquet", gallery, labels))
+    np.testing.assert_array_equal(opened.vectors, gallery)
+    names = np.array([f"q{i}" for i in range(9)])
+    table = search.search(opened, names, queries, k=5)
+    order, similarity = slow_search(queries, gallery, k=5)
+    assert table["query"].to_pylist() == np.repeat(names, 5).tolist()
+    assert table["rank"].to_pylist() == [1, 2, 3, 4, 5] * 9
+    assert table["id"].to_pylist() == [f"image {i}" for i in order.ravel()]
+    assert table["similarity"].to_pylist() == similarity.ravel().tolist()
+    expected = [None if labels[i] < 0 else labels[i] for i in order.ravel()]
+    assert table["label"].to_pylist() == expected
+
+
+@pytest.fixture(scope="module")
+def gallery(saved_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gallery") / "gallery.parquet"
+    embed.main(["--run", str(saved_run.folder), "--split=gallery", "--output", str(path)])
+    return path
+
+
+def command(run: Path, gallery: Path, *more: str) -> list[str]:
+    return ["--run", str(run), "--embeddings", str(gallery), "--split=query", "--k=4", *more]
+
+
+def test_a_run_answers_its_queries(saved_run, gallery, tmp_path, capsys):
+    run, dataset = saved_run.folder, registry.load_dataset(saved_run.config)
+    queries, _ = saved.own_embeddings(saved_run, dataset.query, step=5)
+    among, labels = saved.own_embeddings(saved_run, dataset.gallery, step=5)
+    order, similarity = slow_search(queries, among, k=4)
+
+    search.main(command(run, gallery))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == list(search.COLUMNS)
+    assert len(lines) == 1 + 24 * 4
+    cells = [line.split() for line in lines[1:]]
+    assert [row[3] for row in cells] == dataset.gallery.names[order.ravel()].tolist()
+    assert [row[0] for row in cells] == np.repeat(dataset.query.names, 4).tolist()
+    assert [int(row[1]) for row in cells] == [1, 2, 3, 4] * 24
+    np.testing.assert_allclose([float(r[2]) for r in cells], similarity.ravel(), atol=1e-4)
+    assert [int(row[4]) for row in cells] == labels[order.ravel()].tolist()
+
+    search.main(command(run, gallery, "--output", str(tmp_path / "a.parquet")))
+    search.main(command(run, gallery, "--output", str(tmp_path / "a.jsonl")))
+    rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [row[3] for row in cells]
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_broken_off_and_gone_on_gives_the_same_bytes(
+    saved_run, gallery, tmp_path, monkeypatch, name
+):
+    whole, path = tmp_path / f"whole-{name}", tmp_path / name
+    small = "--rows-per-part=16"
+    search.main(command(saved_run.folder, gallery, small, "--output", str(whole)))
+    before, calls = offline.embed_images, []
+
+    def break_off(trained, split, **options):
+        calls.append(len(split.labels))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return before(trained, split, **options)
+
+    monkeypatch.setattr(offline, "embed_images", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        search.main(command(saved_run.folder, gallery, small, "--output", str(path)))
+    with pytest.raises(UserError, match="k 4, now 3"):
+        search.main([*command(saved_run.folder, gallery, small, "--output", str(path)), "--k=3"])
+    search.main(command(saved_run.folder, gallery, small, "--output", str(path)))
+    assert calls == [16, 8, 8]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_embeddings_of_another_step_are_refused_unless_forced(saved_run, gallery, capsys):
+    with pytest.raises(UserError, match="another network.*step 5, of the run 3.*--force"):
+        search.main(command(saved_run.folder, gallery, "--step=3"))
+    search.main(command(saved_run.folder, gallery, "--step=3", "--force"))
+    shown = capsys.readouterr()
+    assert "warning" in shown.err
+    assert len(shown.out.splitlines()) == 1 + 24 * 4
+
+
+def test_a_moved_run_is_the_same(saved_run, gallery, tmp_path, capsys):
+    moved = shutil.copytree(saved_run.folder, tmp_path / "elsewhere")
+    search.main(command(moved, gallery))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_more_answers_than_there_are(saved_run, gallery):
+    with pytest.raises(UserError, match="--k=25 answers asked of the 24 in"):
+        search.main([*command(saved_run.folder, gallery), "--k=25"])
+    for wrong in (["--k=0"], ["--output=x.txt"]):
+        with pytest.raises(SystemExit):
+            search.main([*command(saved_run.folder, gallery), *wrong])
+
+
+def test_files_that_are_no_embeddings(saved_run, gallery, tmp_path):
+    with pytest.raises(UserError, match=r"absent\.parquet does not exist"):
+        search.main(command(saved_run.folder, tmp_path / "absent.parquet"))
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(gallery.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is no table of mmljax"):
+        search.main(command(saved_run.folder, torn))
+    other = tmp_path / "answers.parquet"
+    table = pa.table({"x": [1]}).replace_schema_metadata({METADATA: b'{"format": "other"}'})
+    parquet.write_table(table, other)
+    with pytest.raises(UserError, match="holds no embeddings"):
+        search.main(command(saved_run.folder, other))
+    vectors = np.eye(8, dtype=np.float32)
+    small = write_gallery(tmp_path / "small.parquet", vectors, np.zeros(8, np.int32))
+    with pytest.raises(UserError, match="size 8, the run's are of size 16"):
+        search.main(command(saved_run.folder, small, "--force"))
+
+
+def test_the_gallery_is_mapped_from_a_file(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    opened = read_gallery(write_gallery(tmp_path / "g.parquet", vectors, np.zeros(20, np.int32)))
+    assert isinstance(opened.vectors, np.memmap)

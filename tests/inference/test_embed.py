@@ -1,0 +1,294 @@
+"""Files of embeddings: equal to the trainer's evaluation, whole after any interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+import saved
+import small_runs
+from mmljax.cli import embed
+from mmljax.errors import UserError
+from mmljax.inference import embed as offline
+from mmljax.inference import embedder as restore
+from mmljax.inference.parquet_parts import metadata
+from mmljax.training import registry
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    monkeypatch.setattr(restore, "load_embedder", saved.load_once)
+
+
+def vectors_of(path: Path) -> np.ndarray:
+    return np.array(parquet.read_table(path)["embedding"].to_pylist(), np.float32)
+
+
+def command(run: Path, output: Path, *more: str) -> list[str]:
+    return ["--run", str(run), "--output", str(output), "--split=query", *more]
+
+
+def run_alone(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mmljax.cli.embed", *arguments],
+        cwd=small_runs.ROOT,
+        env=small_runs.environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "query", "gallery"])
+def test_a_split_has_the_embeddings_of_the_trainers_evaluation(saved_run, tmp_path, split):
+    run, config = saved_run.folder, saved_run.config
+    path = tmp_path / "x.parquet"
+    embed.main(["--run", str(run), f"--split={split}", "--step=3", "--output", str(path)])
+    images = getattr(registry.load_dataset(config), split)
+    expected, labels = saved.own_embeddings(saved_run, images, step=3)
+    table = parquet.read_table(path)
+    assert table.column_names == ["id", "label", "embedding"]
+    np.testing.assert_array_equal(vectors_of(path), expected)
+    assert table["label"].to_pylist() == labels.tolist()
+    assert table["id"].to_pylist() == images.names.tolist()
+    told = metadata(path)
+    assert (told["run"], told["step"], told["source"]) == ("run", 3, f"split {split}")
+    assert (told["rows"], told["left_out"], told["embedding_size"]) == (len(labels), 0, 16)
+    assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[16]"
+
+
+def test_broken_off_in_the_middle_and_gone_on_gives_the_same_bytes(
+    saved_run, tmp_path, monkeypatch, capsys
+):
+    whole, path = tmp_path / "whole.parquet", tmp_path / "x.parquet"
+    small = "--rows-per-part=16"  # the split's 24 images are two parts
+    embed.main(command(saved_run.folder, whole, small))
+    before, calls = offline.embed_images, []
+
+    def break_off(trained, split, **options):
+        calls.append(len(split.labels))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return before(trained, split, **options)
+
+    monkeypatch.setattr(offline, "embed_images", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        embed.main(command(saved_run.folder, path, small))
+    assert not path.exists()
+    with pytest.raises(UserError, match=r"step 5, now 3.*remove it"):
+        embed.main(command(saved_run.folder, path, small, "--step=3"))
+    with pytest.raises(UserError, match="source 'split query', now 'split gallery'.*digest"):
+        embed.main([*command(saved_run.folder, path, small), "--split=gallery"])
+    embed.main(command(saved_run.folder, path, small))
+    assert calls == [16, 8, 8]  # the first part was not made again
+    assert path.read_bytes() == whole.read_bytes()
+    assert parquet.ParquetFile(path).num_row_groups == 2
+    embed.main(command(saved_run.folder, path, small))
+    assert "whole already" in capsys.readouterr().err
+    assert len(calls) == 3
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_and_gone_on_gives_the_same_bytes(tmp_path):
+    images = small_runs.write_images(
+        tmp_path / "many.npz", test_items=400
+    )  # 1200 queries, 75 parts
+    run = saved.write_run(tmp_path / "files", data__directory=str(images)).folder
+    small = "--rows-per-part=16"
+    whole, path = tmp_path / "whole.parquet", tmp_path / "x.parquet"
+    done = run_alone(*command(run, whole, small))
+    assert done.returncode == 0, done.stderr
+    parts = tmp_path / "x.parquet.parts"
+    for target in (5, 37, 70):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmljax.cli.embed", *command(run, path, small)],
+            cwd=small_runs.ROOT,
+            env=small_runs.environment(),
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(list(parts.glob("part-*.parquet"))) >= target:
+                break
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not path.exists()
+    done = run_alone(*command(run, path, small))
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == whole.read_bytes()
+    assert "1200 embeddings" in done.stderr
+
+
+def test_arrays_need_no_tensorflow(saved_run, tmp_path):
+    blocked = tmp_path / "blocked"
+    (blocked / "tensorflow").mkdir(parents=True)
+    (blocked / "tensorflow/__init__.py").write_text("raise ImportError('no tensorflow')")
+    alone = {"PYTHONPATH": f"{blocked}{os.pathsep}{small_runs.ROOT}"}
+    done = run_alone(*command(saved_run.folder, tmp_path / "x.parquet"), **alone)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"24 embeddings in {tmp_path / 'x.parquet'}; 0 images left out\n"
+
+
+def test_a_mistake_is_one_line_and_an_interruption_too(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        offline.run(lambda: embed.main(command(tmp_path, tmp_path / "x.parquet")))
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert shown.startswith("mmljax: error: --run=")
+    assert shown.count("\n") == 1
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        offline.run(interrupted)
+    assert stopped.value.code == 130
+
+
+def test_files_for_a_network_of_grey_arrays_are_refused(saved_run, tmp_path):
+    with pytest.raises(UserError, match="images of 1 channels"):
+        embed.main(
+            [*["--run", str(saved_run.folder), "--images", str(tmp_path)], "--output=x.parquet"]
+        )
+
+
+def test_an_embedding_that_is_not_finite_is_named(saved_run):
+    trained = saved.load_once(saved_run.folder)
+    broken = trained._replace(embed=lambda images: np.full((len(images), 16), np.nan))
+    query = registry.load_dataset(saved_run.config).query
+    with pytest.raises(UserError, match=r"images\[72\] is not finite"):
+        offline.embed_images(broken, query, skip_corrupt=False)
+
+
+# Files.
+
+
+@pytest.fixture(scope="module")
+def colour_run(tmp_path_factory):
+    """A network for colour images in files, with a folder of such images."""
+    import tensorflow as tf
+
+    folder = tmp_path_factory.mktemp("colour")
+    images = folder / "images"
+    random = np.random.default_rng(0)
+    rows = []
+    for item in range(6):
+        for view in range(4):
+            name = f"img/item{item}/view {view}.{'png' if view % 2 else 'jpg'}"
+            pixels = random.integers(0, 256, (17 + item, 15 + view, 3)).astype(np.uint8)
+            encode = tf.io.encode_png if view % 2 else tf.io.encode_jpeg
+            (images / name).parent.mkdir(parents=True, exist_ok=True)
+            (images / name).write_bytes(encode(pixels).numpy())
+            split = "train" if item < 3 else ("query", "gallery")[view % 2]
+            rows.append((name.replace(" ", "_"), f"id_{item:08d}", split))
+            (images / name).rename(images / name.replace(" ", "_"))
+    lines = [str(len(rows)), "image_name item_id evaluation_status"]
+    lines += [" ".join(row) for row in rows]
+    (images / "Eval").mkdir()
+    (images / "Eval/list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    return saved.write_run(
+        folder / "files",
+        data__source="in_shop",
+        data__directory=str(images),
+        data__image_size=12,
+        data__resize_size=14,
+    )
+
+
+def test_a_folder_gives_what_evaluation_gives_of_the_same_files(colour_run, tmp_path):
+    run, config = colour_run.folder, colour_run.config
+    images, path = Path(config.data.directory), tmp_path / "x.parquet"
+    embed.main(["--run", str(run), "--images", str(images), "--output", str(path)])
+    table = parquet.read_table(path)
+    names = table["id"].to_pylist()
+    assert names == sorted(names)
+    assert len(names) == 24
+    assert set(table["label"].to_pylist()) == {None}
+    found = dict(zip(names, vectors_of(path), strict=True))
+    dataset = registry.load_dataset(config)
+    for split in (dataset.train, dataset.query, dataset.gallery):
+        expected, _ = saved.own_embeddings(colour_run, split, step=5)
+        got = np.stack([found[name] for name in split.names])
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_corrupt_image_is_named_or_left_out_and_counted(colour_run, tmp_path, capsys):
+    run, images = colour_run.folder, Path(colour_run.config.data.directory)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    good = sorted(images.rglob("*.jpg"))[:4]
+    for number, file in enumerate(good):
+        (folder / f"{number}.jpg").write_bytes(file.read_bytes())
+    options = ["--run", str(run), "--images", str(folder)]
+    embed.main([*options, "--output", str(tmp_path / "good.parquet")])
+    (folder / "15.JPG").write_bytes(good[0].read_bytes()[:40])
+    (folder / "25.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not counted")
+    (folder / ".hidden.jpg").write_bytes(b"")
+    output = ["--output", str(tmp_path / "x.parquet")]
+    with pytest.raises(UserError, match=r"image 15\.JPG .* --skip-corrupt"):
+        embed.main([*options, *output])
+    with pytest.raises(UserError, match="skip_corrupt False, now True"):
+        embed.main([*options, *output, "--skip-corrupt"])
+    output = ["--output", str(tmp_path / "y.parquet")]
+    embed.main([*options, *output, "--skip-corrupt"])
+    table = parquet.read_table(tmp_path / "y.parquet")
+    assert table["id"].to_pylist() == [f"{n}.jpg" for n in range(4)]
+    np.testing.assert_allclose(
+        vectors_of(tmp_path / "y.parquet"), vectors_of(tmp_path / "good.parquet"), atol=1e-6
+    )
+    told = metadata(tmp_path / "y.parquet")
+    assert (told["images"], told["rows"], told["left_out"]) == (6, 4, 2)
+    shown = capsys.readouterr().err
+    assert "left out: 15.JPG" in shown
+    assert "4 embeddings" in shown
+    assert "2 images left out" in shown
+
+
+def test_bad_paths(colour_run, tmp_path):
+    options = ["--run", str(colour_run.folder), "--output", str(tmp_path / "x.parquet"), "--images"]
+    with pytest.raises(UserError, match="does not exist"):
+        embed.main([*options, str(tmp_path / "absent")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no image"):
+        embed.main([*options, str(tmp_path / "empty")])
+    (tmp_path / "empty/bad.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        embed.main([*options, str(tmp_path / "empty"), "--skip-corrupt"])
+
+
+def test_several_paths_keep_their_names(colour_run, tmp_path, monkeypatch):
+    from mmljax.data.readers.image_files import list_images
+
+    monkeypatch.chdir(colour_run.config.data.directory)
+    found = list_images(["img/item1", "img/item0/view_0.jpg"], flag="--images")
+    assert found.names.tolist() == [
+        *(f"img/item1/view_{v}.{'png' if v % 2 else 'jpg'}" for v in range(4)),
+        "img/item0/view_0.jpg",
+    ]
+    assert all(Path(image).is_file() for image in found.images)
+
+
+def test_progress_counts_every_image_once(colour_run, tmp_path):
+    from mmljax.data.readers.image_files import list_images
+
+    files = sorted(Path(colour_run.config.data.directory).rglob("*.jpg"))
+    for number in range(40):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(files[number % len(files)].read_bytes())
+    (tmp_path / "39.jpg").write_bytes(b"no image")  # in the last of three batches
+    steps = []
+    split = list_images([tmp_path], flag="--images")
+    trained = saved.load_once(colour_run.folder)
+    kept, _ = offline.embed_images(trained, split, skip_corrupt=True, advance=steps.append)
+    assert len(kept.names) == 39
+    assert sum(steps) == 40

@@ -1,0 +1,183 @@
+"""Scores of whole splits: ideal, adversarial and random embeddings, lone queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mmljax.errors import UserError
+from mmljax.mesh import make_mesh
+from mmljax.retrieval.evaluate import embed_batches, retrieval_scores
+from mmljax.types import Batch
+
+
+def score(*arguments: Any, devices: int = 2, recall_at: Any = (1, 2), **options: Any) -> Any:
+    mesh = make_mesh(jax.devices()[:devices])
+    return retrieval_scores(*arguments, recall_at=recall_at, chunk=8, mesh=mesh, **options)
+
+
+PERFECT = ("recall@1", "recall@2", "r_precision", "map@r", "map@2", "mrr")  # 1 for the ideal
+TIES = {f"recall_{way}@{k}" for way in ("expected", "optimistic") for k in (1, 2)} | {"tie_rate"}
+SHAPE = {"embedding_density", "spectral_decay"}
+
+
+def test_ideal_embedding_has_every_score_one() -> None:
+    labels = np.repeat(np.arange(5), 4).astype(np.int32)
+    vectors = np.eye(5, dtype=np.float32)[labels]
+    result = score(vectors, labels, None, None, geometry=True)
+    assert set(result.scores) == {*PERFECT} | TIES | SHAPE
+    assert all(result.scores[name] == 1 for name in {*PERFECT} | TIES - {"tie_rate"})
+    assert result.scores["tie_rate"] == 0
+    assert result.scores["embedding_density"] == 0  # classes are points
+    assert result.scores["spectral_decay"] == pytest.approx(0, abs=1e-6)
+    assert result.lone_queries == 0
+    assert result.chance == pytest.approx(3 / 19)
+    summary = result.summary()
+    assert summary["recall@1"] == 1
+    assert summary["queries"] == 20
+    assert not {"per_query", "neighbors", "similarity"} & set(summary)
+
+
+def test_adversarial_embedding_has_every_score_zero() -> None:
+    """Each query is nearest to another item's image, and by an own one only last."""
+    labels = np.array([0, 1, 2], np.int32)
+    queries = np.eye(3, dtype=np.float32)
+    result = score(queries, labels, -queries, labels)
+    assert all(result.scores[name] == 0 for name in {*PERFECT} - {"mrr"} | TIES)
+    assert result.scores["mrr"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("by_class", [True, False])
+def test_collapsed_embedding_is_worth_nothing_in_any_order(devices: int, by_class: bool) -> None:
+    labels = np.repeat(np.arange(15), 4).astype(np.int32)
+    if not by_class:
+        labels = np.random.default_rng(0).permutation(labels)
+    x = np.random.default_rng(1).normal(size=24)
+    vectors = np.tile((x / np.linalg.norm(x)).astype(np.float32), (60, 1))
+    scores = score(vectors, labels, None, None, devices=devices, geometry=True).scores
+    chance = {1: 3 / 59, 2: 1 - 56 / 59 * 55 / 58}
+    for k in (1, 2):
+        assert scores[f"recall@{k}"] == 0
+        assert scores[f"recall_expected@{k}"] == pytest.approx(chance[k], abs=1e-6)
+        assert scores[f"recall_optimistic@{k}"] == 1
+    assert all(scores[name] == 0 for name in ("r_precision", "map@r", "map@2"))
+    assert scores["mrr"] == pytest.approx(1 / 57)
+    assert scores["tie_rate"] == 1
+    assert np.isnan(scores["embedding_density"])
+    assert scores["spectral_decay"] > 10
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_per_query_values_are_what_the_scores_are_means_of(devices: int) -> None:
+    random = np.random.default_rng(0)
+    labels = np.append(np.repeat(np.arange(12), 5), [90, 91]).astype(np.int32)  # two lone ones
+    vectors = random.normal(size=(12, 8))[labels % 12] + random.normal(size=(62, 8))
+    vectors = vectors.astype(np.float32)
+    result = score(vectors, labels, None, None, recall_at=(1, 4), devices=devices)
+    assert result.lone_queries == 2
+    similarity = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    np.fill_diagonal(similarity, -np.inf)
+    order = np.argsort(-similarity, axis=1)
+    hits = labels[order] == labels[:, None]
+    rank = 1 + np.argmax(hits[:60], axis=1)
+    expected = {
+        "recall@1": rank <= 1,
+        "recall@4": rank <= 4,
+        "mrr": 1 / rank,
+        "tie_rate": np.zeros(60),
+        "r_precision": hits[:60, :4].mean(axis=1),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(result.per_query[name][:60], values, rtol=1e-6, err_msg=name)
+    for name, values in result.per_query.items():
+        assert values.shape == (62,)
+        assert np.isnan(values[60:]).all()
+        assert np.mean(values[:60]) == pytest.approx(result.scores[name], abs=1e-6)
+    assert set(result.per_query) == set(result.scores)
+    assert 0.1 < result.scores["recall@1"] < result.scores["recall@4"] < 0.9
+
+
+def test_clustering_is_scored_only_if_asked_for() -> None:
+    pytest.importorskip("sklearn", reason="pip install mmljax[cluster]")
+    labels = np.repeat(np.arange(5), 4).astype(np.int32)
+    vectors = np.eye(5, dtype=np.float32)[labels]
+    asked = score(vectors[::2], labels[::2], vectors[1::2], labels[1::2], clustering=True).scores
+    assert (asked["nmi"], asked["ami"]) == (1, 1)
+    assert not {"nmi", "ami"} & set(score(vectors, labels, None, None).scores)
+
+
+def test_hand_computed_query_against_gallery() -> None:
+    queries = np.array([[1, 0], [0, 1], [1, 0]], np.float32)
+    gallery = np.array([[0.9, 0.1], [0.8, 0.6], [0.1, 0.9], [0.0, 1.0]], np.float32)
+    # Orders: query 0: 0 1 2 3; query 1: 3 2 1 0; query 2 has no image of its item.
+    result = score(queries, np.array([7, 8, 9]), gallery, np.array([8, 7, 7, 8]))
+    assert result.scores["recall@1"] == pytest.approx(0.5)  # query 1 finds row 3
+    assert result.scores["recall@2"] == pytest.approx(1.0)
+    assert result.scores["r_precision"] == pytest.approx((0.5 + 0.5) / 2)
+    assert result.scores["map@r"] == pytest.approx((0.25 + 0.5) / 2)
+    assert result.scores["mrr"] == pytest.approx((0.5 + 1) / 2)
+    assert (result.queries, result.gallery, result.lone_queries) == (3, 4, 1)
+    assert result.chance == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_neighbours_are_the_ten_nearest_of_a_stable_sort(own: bool) -> None:
+    random = np.random.default_rng(4)
+    vectors = random.normal(size=(40, 8))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    labels = np.repeat(np.arange(10), 4).astype(np.int32)
+    gallery = None if own else vectors[::-1].copy()
+    result = score(vectors, labels, gallery, None if own else labels[::-1].copy())
+    similarity = vectors.astype(np.float64) @ (vectors if gallery is None else gallery).T
+    if own:
+        np.fill_diagonal(similarity, -np.inf)
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :10]
+    np.testing.assert_array_equal(result.neighbors, order)
+    expected = np.take_along_axis(similarity, order, axis=1)
+    np.testing.assert_allclose(result.similarity, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_random_embedding_is_near_chance(devices: int) -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(20), 20).astype(np.int32)
+    vectors = random.normal(size=(400, 16)).astype(np.float32)
+    result = score(vectors, labels, None, None, devices=devices)
+    sigma = np.sqrt(result.chance * (1 - result.chance) / 400)
+    assert abs(result.scores["recall@1"] - result.chance) < 4 * sigma
+
+
+def test_recall_beyond_the_gallery_is_refused() -> None:
+    labels = np.zeros(4, np.int32)
+    with pytest.raises(UserError, match=r"recall_at asks for Recall@4.*only 3"):
+        score(np.eye(4, dtype=np.float32), labels, None, None, recall_at=(1, 4))
+
+
+def test_no_query_with_an_answer_is_refused() -> None:
+    vectors = np.eye(3, dtype=np.float32)
+    with pytest.raises(UserError, match="no query has"):
+        score(vectors, np.array([0, 1, 2]), vectors, np.array([3, 4, 5]))
+
+
+def test_embed_batches_leaves_padding_out() -> None:
+    def batch(values: list[float], valid: list[bool]) -> Batch:
+        return Batch(np.array(values), np.array(values, np.int32), np.array(valid))
+
+    batches = [batch([1, 2], [True, True]), batch([3, 0], [True, False])]
+    vectors, labels = embed_batches(lambda images: images[:, None] * 10, batches)
+    np.testing.assert_array_equal(vectors, [[10], [20], [30]])
+    np.testing.assert_array_equal(labels, [1, 2, 3])
+
+
+def test_embeddings_that_are_not_finite_are_an_error() -> None:
+    labels = np.arange(6, dtype=np.int32) // 2
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[1, 2] = np.nan
+    with pytest.raises(UserError, match="1 of 6 gallery embeddings are not finite"):
+        score(np.eye(6, dtype=np.float32), labels, vectors, labels)
+    with pytest.raises(UserError, match="1 of 6 query embeddings are not finite"):
+        score(vectors, labels, None, None)

@@ -1,0 +1,160 @@
+"""A whole run in one process: what it writes, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import small_runs
+from mmljax.config import Config, from_mapping
+from mmljax.errors import UserError
+from mmljax.models.backbones import BACKBONES
+from mmljax.runs.writer import read_metrics
+from mmljax.training import loop as train
+from mmljax.training import registry
+from mmljax.training.checkpoints import Checkpoints
+from test_config import load
+
+pytestmark = pytest.mark.filterwarnings(
+    # orbax reads checkpoints without shardings in small_runs.final_state, on purpose
+    "ignore:Sharding info not provided when restoring:UserWarning"
+)
+
+
+def make_config(tmp_path: Path, **changes: Any) -> Config:
+    images = tmp_path / "images.npz"
+    if not images.exists():
+        small_runs.write_images(images)
+    path = small_runs.write_config(tmp_path / "small.py", images, **changes)
+    namespace: dict[str, Any] = {}
+    exec(path.read_text(), namespace)  # as config_flags does
+    return from_mapping(namespace["get_config"]())
+
+
+def test_run_learns_and_writes_what_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, log__plot=True, duration="40 steps")
+    result = train.train(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "Recall@1" in out
+    for name in ("checkpoints", "results.json", "contributions.png"):
+        assert (tmp_path / "run" / name).exists()
+        assert str(tmp_path / "run" / name) in out
+    assert result["scores"]["recall@1"] > result["untrained"]["recall@1"]
+    assert result["config"]["data"]["batch_size"] == 16
+    rows = [row for row in small_runs.metrics(tmp_path / "run") if '"train"' in row]
+    assert len(rows) == 40
+    assert all(f'"{key}/pair"' in rows[0] for key in ("loss", "weight", "share_embeddings"))
+    rates = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "rates"]
+    assert len(rates) == 40
+    assert all(0 <= row["input_wait"] <= 1 for row in rates)
+    compilations = [row["compilations"] for row in rates]
+    assert compilations == sorted(compilations)
+    assert compilations[0] >= 1  # the step; the augmentation may be known from another test
+    assert "compiled" not in caplog.text  # saves and evaluations compile, steps do not again
+
+
+class Stop(Exception):
+    """Breaks a run off."""
+
+
+def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken off between two checkpoints; state, metrics and scores are equal bit for bit."""
+    config = make_config(tmp_path, memory__size=128, objectives__pair__memory=True)
+    train.train(config, tmp_path / "whole")
+
+    original = registry.train_batches
+
+    def broken(*arguments: Any) -> Any:
+        for index, batch in enumerate(original(*arguments)):
+            if index == 12:
+                raise Stop
+            yield batch
+
+    monkeypatch.setattr(registry, "train_batches", broken)
+    with pytest.raises(Stop):
+        train.train(config, tmp_path / "parts")
+    monkeypatch.setattr(registry, "train_batches", original)
+    seen = []
+    monkeypatch.setattr(registry, "train_batches", lambda *a: seen.append(a[-1]) or original(*a))
+    train.train(config, tmp_path / "parts")
+    assert seen == [range(10, 20)]  # it went on from the checkpoint, not from the start
+
+    assert small_runs.metrics(tmp_path / "whole") == small_runs.metrics(tmp_path / "parts")
+    whole, parts = (small_runs.final_state(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, parts[name], err_msg=name)
+    assert int(whole["step"]) == 20
+    scores = [small_runs.results(tmp_path / name)["scores"] for name in ("whole", "parts")]
+    assert scores[0] == scores[1]
+
+
+def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    config = make_config(tmp_path, checkpoint__keep_last=2, evaluation__every="5 steps")
+    train.train(config, tmp_path / "run")
+    rows = [eval(row.replace("null", "None")) for row in small_runs.metrics(tmp_path / "run")]
+    recall = {row["step"]: row["recall@1"] for row in rows if row["kind"] == "evaluation"}
+    saved = Checkpoints(tmp_path / "run/checkpoints", keep_last=2, keep_best=1)
+    steps = {int(p.name) for p in saved.directory.iterdir() if p.name.isdigit()}
+    best = saved.best_step()
+    saved.close()
+    assert {15, 20} <= steps
+    assert recall[best] == max(v for k, v in recall.items() if k)
+    assert steps <= {15, 20, best}
+
+
+def test_another_config_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
+    train.train(make_config(tmp_path, duration="2 steps"), tmp_path / "run")
+    before = small_runs.metrics(tmp_path / "run")
+    with pytest.raises(UserError, match=r"config.seed: 0 -> 1.*choose another --workdir"):
+        train.train(make_config(tmp_path, duration="2 steps", seed=1), tmp_path / "run")
+    assert small_runs.metrics(tmp_path / "run") == before
+
+
+def test_run_of_no_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--config.duration='0 steps'"):
+        train.train(make_config(tmp_path, duration="0 steps"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path, optimizer__head__learning_rate=1e38, optimizer__warmup="0 steps")
+    with pytest.raises(UserError, match=r"objective \w+ not finite .* at step \d+.*learning_rate"):
+        train.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "inshop", "omniglot"])
+def test_committed_config_takes_two_steps(name: str, tmp_path: Path) -> None:
+    """Every config runs on small arrays, with a narrow network for the sake of the test's time."""
+    mapping = load(name)
+    assert mapping.model.backbone in BACKBONES
+    mapping.model.backbone, mapping.model.width = "small", 8
+    data = mapping.data
+    data.source, data.directory = "arrays", str(small_runs.write_images(tmp_path / "images.npz"))
+    data.image_size = data.resize_size = small_runs.PIXELS
+    data.batch_size, data.eval_batch_size = 8, 16
+    mapping.duration = "2 steps"
+    mapping.evaluation.recall_at = (1,)
+    mapping.evaluation.untrained = False
+    mapping.optimizer.warmup = mapping.optimizer.freeze_backbone = "1 steps"
+    mapping.log.tensorboard = mapping.log.plot = False
+    result = train.train(from_mapping(mapping), tmp_path / "run")
+    assert 0 <= result["scores"]["recall@1"] <= 1
+
+
+def test_a_disk_without_room_is_an_error_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        with pytest.raises(UserError, match=r"disk: 0.0 MiB free .* make room"):
+            train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run/metrics.jsonl").exists()

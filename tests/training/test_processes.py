@@ -1,0 +1,127 @@
+"""Several processes on one machine, joined by jax.distributed: as one, and none is left hanging."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import small_runs
+from mmljax.mesh import HEARTBEAT_SECONDS
+
+pytestmark = pytest.mark.slow
+
+DOUBLE = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(config: Path, workdir: Path, *, processes: int) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    started = []
+    for index in range(processes):
+        environment = small_runs.environment(
+            MMLJAX_COORDINATOR=f"localhost:{port}",
+            MMLJAX_NUM_PROCESSES=str(processes),
+            MMLJAX_PROCESS_ID=str(index),
+            **DOUBLE,
+        )
+        with (config.parent / f"{workdir.name}_{index}.log").open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    small_runs.command(config, workdir), cwd=small_runs.ROOT, env=environment, stderr=log,
+                    stdout=subprocess.DEVNULL, text=True,
+                )
+            )  # fmt: skip
+    return started
+
+
+def logs(config: Path, workdir: Path) -> list[str]:
+    return [path.read_text() for path in sorted(config.parent.glob(f"{workdir.name}_*.log"))]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    images = small_runs.write_images(folder / "images.npz")
+    return small_runs.write_config(
+        folder / "double.py", images, model__compute_dtype="float64", duration="12 steps"
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path) -> Path:
+    done = small_runs.run(config, config.parent / "alone", **DOUBLE)
+    assert done.returncode == 0, done.stderr
+    return config.parent / "alone"
+
+
+def assert_near(workdir: Path, alone: Path) -> None:
+    expected = small_runs.final_state(alone)
+    for name, value in small_runs.final_state(workdir).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-9, atol=1e-9, err_msg=name)
+    assert small_runs.results(workdir)["scores"] == pytest.approx(
+        small_runs.results(alone)["scores"]
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_are_as_one(processes: int, config: Path, alone: Path) -> None:
+    workdir = config.parent / f"of_{processes}"
+    started = start(config, workdir, processes=processes)
+    codes = [process.wait(timeout=400) for process in started]
+    assert codes == [0] * processes, logs(config, workdir)
+    assert len(small_runs.metrics(workdir)) == len(
+        small_runs.metrics(alone)
+    )  # only the first one writes
+    assert_near(workdir, alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_and_one_alone_goes_on(
+    victim: int, config: Path, alone: Path
+) -> None:
+    workdir = config.parent / f"killed_{victim}"
+    started = start(config, workdir, processes=2)
+    rows = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and started[0].poll() is None:
+        if rows.exists() and rows.read_text().count('"train"') >= 6:
+            break
+        time.sleep(0.01)
+    started[victim].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    code = started[1 - victim].wait(timeout=HEARTBEAT_SECONDS + 30)
+    assert started[victim].wait() == -signal.SIGKILL
+    print(f"the other one ended after {time.monotonic() - begin:.1f} s with code {code}")
+    assert code not in (0, None)
+    assert logs(config, workdir)[1 - victim].strip()  # and says something
+    done = small_runs.run(config, workdir, **DOUBLE)
+    assert done.returncode == 0, done.stderr
+    assert_near(workdir, alone)
+
+
+def test_asked_to_stop_all_save_and_go_on(config: Path, alone: Path) -> None:
+    workdir = config.parent / "asked"
+    started = start(config, workdir, processes=2)
+    rows = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and started[0].poll() is None:
+        if rows.exists() and rows.read_text().count('"train"') >= 3:
+            break
+        time.sleep(0.01)
+    started[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(timeout=200) for process in started]
+    assert codes == [75, 75], logs(config, workdir)
+    started = start(config, workdir, processes=2)
+    assert [process.wait(timeout=400) for process in started] == [0, 0], logs(config, workdir)
+    assert_near(workdir, alone)
