@@ -309,7 +309,6 @@ def run_seeds(
     from benchmarks.ablation_data import load
     from mmljax.mesh import make_mesh
     from mmljax.retrieval.evaluate import evaluate, make_embed
-    from mmljax.training import registry
     from mmljax.training.trainer import assemble
 
     dataset = load(data, tuning=tuning)
@@ -328,13 +327,13 @@ def run_seeds(
         compiled = compiled or (trainer.step, make_embed(trainer.graphdef))
         step, embed = compiled
         state, ledger = trainer.state, []
-        for batch in registry.train_batches(dataset, config, mesh, range(steps)):
+        for batch in load.train_batches(dataset, config, mesh, range(steps)):
             state, scalars = step(state, batch)
             ledger.append(scalars)
         result = evaluate(
             partial(embed, state.params["network"], state.model_state),
-            registry.eval_batches(dataset.query, config, mesh),
-            dataset.gallery and registry.eval_batches(dataset.gallery, config, mesh),
+            load.eval_batches(dataset.query, config, mesh),
+            dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
             recall_at=(1,),
             chunk=8192,
             mesh=mesh,

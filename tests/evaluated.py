@@ -12,10 +12,10 @@ import numpy as np
 
 import small_runs
 from mmljax.config import Config, from_mapping, to_dict
+from mmljax.data import load
 from mmljax.mesh import make_mesh
 from mmljax.retrieval import records as protocol
 from mmljax.retrieval.evaluate import Retrieval, retrieval_scores
-from mmljax.training import registry
 from mmljax.types import Dataset
 
 KINDS = ("WOMEN/Dresses", "MEN/Shorts", "UNISEX/<b>&'hats'")
@@ -39,7 +39,7 @@ def write_evaluated_run(folder: Path, *, items: int = 12, views: int = 6) -> Eva
         folder / "small.py", directory, data__source="in_shop", evaluation__recall_at=(1, 4, 10)
     )
     config = from_mapping(runpy.run_path(str(path))["get_config"]())
-    dataset = registry.load_dataset(config)
+    dataset = load.load_dataset(config)
     assert dataset.gallery is not None
     random = np.random.default_rng(0)
     centers = random.normal(size=(items + 1, 8))

@@ -14,6 +14,7 @@ import numpy as np
 
 import small_runs
 from mmljax.config import Config, from_mapping, to_dict
+from mmljax.data import load
 from mmljax.inference.embedder import TrainedEmbedder, load_embedder
 from mmljax.mesh import make_mesh
 from mmljax.retrieval.evaluate import embed_batches, make_embed
@@ -47,11 +48,11 @@ def write_run(folder: Path, *, noise: float = 0.3, **changes: Any) -> SavedRun:
     path = small_runs.write_config(folder / "small.py", images, **changes)
     config = from_mapping(runpy.run_path(str(path))["get_config"]())
     mesh = make_mesh()
-    dataset = registry.load_dataset(config)
+    dataset = load.load_dataset(config)
     trainer = assemble(
         config,
         classes=dataset.classes,
-        channels=registry.image_channels(dataset),
+        channels=load.image_channels(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
     )
@@ -77,7 +78,7 @@ def own_embeddings(run: SavedRun, split: Split, *, step: int) -> tuple[np.ndarra
     """Embeddings and labels of a split as the trainer's own evaluation makes them."""
     state = run.states[step]
     embed = partial(run.embed, state.params["network"], state.model_state)
-    return embed_batches(embed, registry.eval_batches(split, run.config, make_mesh()))
+    return embed_batches(embed, load.eval_batches(split, run.config, make_mesh()))
 
 
 @functools.cache

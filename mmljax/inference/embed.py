@@ -92,7 +92,7 @@ def chosen_images(
                 "colour; embed a --split of its own data"
             )
         return list_images(images, flag="--images")
-    from mmljax.training.registry import load_dataset
+    from mmljax.data.load import load_dataset
 
     found = getattr(load_dataset(trained.config), split or "query")
     if found is None:
@@ -145,7 +145,7 @@ def embed_images(
       UserError: naming an image that cannot be decoded, unless such are to be left out, or whose
         embedding is not finite.
     """
-    from mmljax.training.registry import eval_batches
+    from mmljax.data.load import eval_batches
 
     batches = eval_batches(split, trained.config, trained.mesh)
     try:

@@ -145,7 +145,7 @@ def embed_crops(trained: TrainedEmbedder, split: Split) -> tuple[np.ndarray, np.
     """
     import jax.numpy as jnp
 
-    from mmljax.training.registry import eval_batches
+    from mmljax.data.load import eval_batches
 
     crops = np.concatenate(
         [

@@ -146,7 +146,7 @@ def load_run_data(run: Path, *, directory: str | None = None) -> tuple[Config, D
     Raises:
       UserError: if there is no run, its config is damaged, or the data set cannot be used.
     """
-    from mmljax.training.registry import load_dataset
+    from mmljax.data.load import load_dataset
 
     config = read_config(run)
     if directory is not None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from mmljax.config import CheckpointConfig, Config
+from mmljax.data import load
 from mmljax.data.tensorflow_devices import visible_accelerators
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
@@ -163,7 +164,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 def check_data(config: Config) -> tuple[Finding, Dataset | None]:
     """That the data set is there, and what it holds; it is None where it is not."""
     try:
-        dataset = registry.load_dataset(config)
+        dataset = load.load_dataset(config)
     except UserError as error:
         return Finding("FAIL", "data", str(error)), None
     gallery = "self-retrieval" if dataset.gallery is None else f"{len(dataset.gallery.labels)}"
@@ -180,7 +181,7 @@ def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | N
         trainer = assemble(
             config,
             classes=dataset.classes,
-            channels=registry.image_channels(dataset),
+            channels=load.image_channels(dataset),
             train_examples=len(dataset.train.labels),
             mesh=make_mesh(),
         )
@@ -233,7 +234,7 @@ def input_rate(config: Config, dataset: Dataset, *, seconds: float) -> float:
     The batches that were made ahead while the input started are left out, or as many of them as
     come in that time again.
     """
-    batches: Any = registry.train_batches(dataset, config, make_mesh(), range(1_000_000))
+    batches: Any = load.train_batches(dataset, config, make_mesh(), range(1_000_000))
     with closing(batches):
         jax.block_until_ready(next(batches))
         _count(itertools.islice(batches, config.data.prefetch + 1), seconds=seconds)
@@ -243,7 +244,7 @@ def input_rate(config: Config, dataset: Dataset, *, seconds: float) -> float:
 
 def step_rate(config: Config, dataset: Dataset, trainer: Trainer, *, seconds: float) -> float:
     """Images per second of the compiled step on one batch, again and again."""
-    batches: Any = registry.train_batches(dataset, config, make_mesh(), range(1))
+    batches: Any = load.train_batches(dataset, config, make_mesh(), range(1))
     with closing(batches):
         batch = next(batches)
     state = trainer.state

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from mmljax.config import Config, to_dict
+from mmljax.data import load
 from mmljax.data.readers.in_shop import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import is_main_process, make_mesh, sync
@@ -25,7 +26,7 @@ from mmljax.runs.loggers import Logger, make_loggers
 from mmljax.runs.plot import plot_contributions
 from mmljax.runs.recorder import Recorder
 from mmljax.runs.workdir import claimed
-from mmljax.training import checkpoints, optim, registry
+from mmljax.training import checkpoints, optim
 from mmljax.training import state_bytes as footprint
 from mmljax.training.checks import check_disk
 from mmljax.training.preemption import Preemption
@@ -55,11 +56,11 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
 
     # Everything that the config names, so that a mistake shows before any work is done.
     mesh = make_mesh()
-    dataset = registry.load_dataset(config) if dataset is None else dataset
+    dataset = load.load_dataset(config) if dataset is None else dataset
     trainer = assemble(
         config,
         classes=dataset.classes,
-        channels=registry.image_channels(dataset),
+        channels=load.image_channels(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
         pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else its weights go on
@@ -75,8 +76,8 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
     def score(state: TrainState) -> Retrieval:
         return evaluate(
             partial(embed, state.params["network"], state.model_state),
-            registry.eval_batches(dataset.query, config, mesh),
-            dataset.gallery and registry.eval_batches(dataset.gallery, config, mesh),
+            load.eval_batches(dataset.query, config, mesh),
+            dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
             recall_at=config.evaluation.recall_at,
             chunk=config.evaluation.gallery_chunk,
             mesh=mesh,
@@ -117,7 +118,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
             input_wait_warning=config.log.input_wait_warning,
         )
         stack.callback(recorder.close)
-        batches = registry.train_batches(dataset, config, mesh, range(first, total))
+        batches = load.train_batches(dataset, config, mesh, range(first, total))
         for step in range(first + 1, total + 1):
             batch = recorder.next_batch(batches)
             state, scalars = trainer.step(state, batch)

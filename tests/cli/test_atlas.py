@@ -10,8 +10,8 @@ import pytest
 
 import saved
 from mmljax.cli import atlas as look
+from mmljax.data.load import load_dataset
 from mmljax.errors import UserError
-from mmljax.training.registry import load_dataset
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'mmljax[look]' brings PyArrow")
 pytest.importorskip("PIL", reason="pip install 'mmljax[look]' brings Pillow")

@@ -13,12 +13,12 @@ from pyarrow import parquet
 
 import saved
 from mmljax.cli import embed, search
+from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.inference import embed as offline
 from mmljax.inference import embedder as restore
 from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
 from mmljax.inference.parquet_parts import METADATA
-from mmljax.training import registry
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def command(run: Path, gallery: Path, *more: str) -> list[str]:
 
 
 def test_a_run_answers_its_queries(saved_run, gallery, tmp_path, capsys):
-    run, dataset = saved_run.folder, registry.load_dataset(saved_run.config)
+    run, dataset = saved_run.folder, load.load_dataset(saved_run.config)
     queries, _ = saved.own_embeddings(saved_run, dataset.query, step=5)
     among, labels = saved.own_embeddings(saved_run, dataset.gallery, step=5)
     order, similarity = slow_search(queries, among, k=4)

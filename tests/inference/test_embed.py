@@ -16,11 +16,11 @@ from pyarrow import parquet
 import saved
 import small_runs
 from mmljax.cli import embed
+from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.inference import embed as offline
 from mmljax.inference import embedder as restore
 from mmljax.inference.parquet_parts import metadata
-from mmljax.training import registry
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_a_split_has_the_embeddings_of_the_trainers_evaluation(saved_run, tmp_pa
     run, config = saved_run.folder, saved_run.config
     path = tmp_path / "x.parquet"
     embed.main(["--run", str(run), f"--split={split}", "--step=3", "--output", str(path)])
-    images = getattr(registry.load_dataset(config), split)
+    images = getattr(load.load_dataset(config), split)
     expected, labels = saved.own_embeddings(saved_run, images, step=3)
     table = parquet.read_table(path)
     assert table.column_names == ["id", "label", "embedding"]
@@ -165,7 +165,7 @@ def test_files_for_a_network_of_grey_arrays_are_refused(saved_run, tmp_path):
 def test_an_embedding_that_is_not_finite_is_named(saved_run):
     trained = saved.load_once(saved_run.folder)
     broken = trained._replace(embed=lambda images: np.full((len(images), 16), np.nan))
-    query = registry.load_dataset(saved_run.config).query
+    query = load.load_dataset(saved_run.config).query
     with pytest.raises(UserError, match=r"images\[72\] is not finite"):
         offline.embed_images(broken, query, skip_corrupt=False)
 
@@ -215,7 +215,7 @@ def test_a_folder_gives_what_evaluation_gives_of_the_same_files(colour_run, tmp_
     assert len(names) == 24
     assert set(table["label"].to_pylist()) == {None}
     found = dict(zip(names, vectors_of(path), strict=True))
-    dataset = registry.load_dataset(config)
+    dataset = load.load_dataset(config)
     for split in (dataset.train, dataset.query, dataset.gallery):
         expected, _ = saved.own_embeddings(colour_run, split, step=5)
         got = np.stack([found[name] for name in split.names])

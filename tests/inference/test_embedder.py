@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import saved
+from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.inference.embedder import load_embedder
-from mmljax.training import registry
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def copy(saved_run, tmp_path):
 @pytest.mark.parametrize("step", saved.STEPS)
 def test_embeddings_are_those_of_the_trainers_evaluation(saved_run, step):
     folder, config, states, _ = saved_run
-    query = registry.load_dataset(config).query
+    query = load.load_dataset(config).query
     expected, _ = saved.own_embeddings(saved_run, query, step=step)
     trained = load_embedder(folder, step=step)
     got = np.concatenate(
         [
             np.asarray(trained.embed(batch.images))[np.asarray(batch.valid)]
-            for batch in registry.eval_batches(query, config, trained.mesh)
+            for batch in load.eval_batches(query, config, trained.mesh)
         ]
     )
     np.testing.assert_array_equal(got, expected)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import saved
+from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.inference import embedder as restore
 from mmljax.inference import export
-from mmljax.training import registry
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_the_receipt_holds(saved_run, exported):
 
 
 def test_the_file_gives_the_trainers_embeddings_for_any_number_of_images(saved_run, exported):
-    query = registry.load_dataset(saved_run.config).query  # stored at the size of the crop
+    query = load.load_dataset(saved_run.config).query  # stored at the size of the crop
     expected, _ = saved.own_embeddings(saved_run, query, step=3)
     data = (exported[0] / "embedder.jax").read_bytes()
     loaded = jax.export.deserialize(bytearray(data))

@@ -15,8 +15,9 @@ import pytest
 from test_loop import make_config
 
 from mmljax.config import CheckpointConfig, Config
+from mmljax.data import load
 from mmljax.data.readers.in_shop import from_arrays
-from mmljax.training import checks, registry
+from mmljax.training import checks
 from mmljax.training.trainer import Trainer
 from mmljax.types import Dataset
 
@@ -30,7 +31,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def dataset(config: Config) -> Dataset:
-    return registry.load_dataset(config)
+    return load.load_dataset(config)
 
 
 # What is installed.
@@ -192,7 +193,7 @@ def test_a_config_that_cannot_be_used_fails(
     key: str, value: str, word: str, tmp_path: Path
 ) -> None:
     config = make_config(tmp_path, **{key: value})
-    found, trainer = checks.check_config(config, registry.load_dataset(config))
+    found, trainer = checks.check_config(config, load.load_dataset(config))
     assert found.verdict == "FAIL"
     assert word in found.text
     assert trainer is None
@@ -236,7 +237,7 @@ def test_input_rate_is_that_of_the_input(
                 time.sleep(0.01)
             yield np.zeros(3)
 
-    monkeypatch.setattr(registry, "train_batches", batches)
+    monkeypatch.setattr(load, "train_batches", batches)
     rate = checks.input_rate(config, dataset, seconds=0.2)
     assert 0.5 * 1600 < rate < 1600
 

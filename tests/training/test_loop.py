@@ -16,7 +16,6 @@ from mmljax.errors import UserError
 from mmljax.models.backbones import BACKBONES
 from mmljax.runs.writer import read_metrics
 from mmljax.training import loop as train
-from mmljax.training import registry
 from mmljax.training.checkpoints import Checkpoints
 from test_config import load
 
@@ -69,7 +68,7 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Mo
     config = make_config(tmp_path, memory__size=128, objectives__pair__memory=True)
     train.train(config, tmp_path / "whole")
 
-    original = registry.train_batches
+    original = load.train_batches
 
     def broken(*arguments: Any) -> Any:
         for index, batch in enumerate(original(*arguments)):
@@ -77,12 +76,12 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Mo
                 raise Stop
             yield batch
 
-    monkeypatch.setattr(registry, "train_batches", broken)
+    monkeypatch.setattr(load, "train_batches", broken)
     with pytest.raises(Stop):
         train.train(config, tmp_path / "parts")
-    monkeypatch.setattr(registry, "train_batches", original)
+    monkeypatch.setattr(load, "train_batches", original)
     seen = []
-    monkeypatch.setattr(registry, "train_batches", lambda *a: seen.append(a[-1]) or original(*a))
+    monkeypatch.setattr(load, "train_batches", lambda *a: seen.append(a[-1]) or original(*a))
     train.train(config, tmp_path / "parts")
     assert seen == [range(10, 20)]  # it went on from the checkpoint, not from the start
 

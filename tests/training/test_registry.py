@@ -135,7 +135,7 @@ def test_arrays_need_no_tensorflow_and_files_say_what_they_need(
 ) -> None:
     import sys
 
-    dataset = registry.load_dataset(
+    dataset = load.load_dataset(
         make(
             data__source="arrays",
             data__directory=str(small_runs.write_images(tmp_path / "images.npz")),
@@ -144,7 +144,7 @@ def test_arrays_need_no_tensorflow_and_files_say_what_they_need(
     monkeypatch.setitem(sys.modules, "mmljax.data.pipeline", None)  # as if it could not be imported
     monkeypatch.delattr("mmljax.data.pipeline", raising=False)
     small = make(data__batch_size=8, data__image_size=12, data__eval_batch_size=8)
-    next(registry.train_batches(dataset, small, make_mesh(), range(1)))
+    next(load.train_batches(dataset, small, make_mesh(), range(1)))
     files = dataset._replace(train=dataset.train._replace(images=np.array(["a.jpg"], object)))
     with pytest.raises(UserError, match="TensorFlow.*pip install 'mmljax\\[data\\]'"):
-        next(registry.train_batches(files, small, make_mesh(), range(1)))
+        next(load.train_batches(files, small, make_mesh(), range(1)))
