@@ -48,7 +48,7 @@ def loss(embeddings: Any, labels: Any, proxies: Any) -> Any:
     similarity = similarity_matrix(x, x)
     masks = pair_masks(samples, samples, same_kind=True)
     views = Views(similarity, similarity, jnp.diag(similarity), None)
-    mined = sample_miner(views, masks, margin=0.1, blend=0.0)
+    mined = sample_miner(views, masks, margin=0.1)
     pair = multi_similarity_loss(similarity, mined, alpha=2.0, beta=50.0, base=0.5)
     own = pair_masks(classes, samples, same_kind=False)
     proxy = proxy_anchor_loss(similarity_matrix(p, x), own, alpha=32.0, margin=0.1)

@@ -41,7 +41,7 @@ def fixed(weights: Sequence[float]) -> Combination:
     return Combination(init, apply)
 
 
-def uncertainty(weights: Sequence[float], *, cap: float) -> Combination:
+def uncertainty(weights: Sequence[float], *, cap: float = 10.0) -> Combination:
     """Homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115, eq. 7).
 
     Minimises ``sum_k e^{-s_k} L_k + s_k`` over the ``s_k``, in the form without the halves, whose
@@ -97,7 +97,7 @@ def share(weights: Sequence[float], *, targets: Sequence[Sequence[float]]) -> Co
     return Combination(init, apply)
 
 
-def gradnorm(weights: Sequence[float], *, alpha: float) -> Combination:
+def gradnorm(weights: Sequence[float], *, alpha: float = 1.5) -> Combination:
     """GradNorm (Chen et al. 2018, arXiv 1711.02257, eq. 2 and algorithm 1).
 
     Gradient norms ``G_k = w_k g_k`` are drawn to ``mean_j(G_j) r_k^alpha`` with the relative
@@ -134,7 +134,7 @@ def gradnorm(weights: Sequence[float], *, alpha: float) -> Combination:
     return Combination(init, apply)
 
 
-def random(*, seed: int) -> Combination:
+def random(*, seed: int = 0) -> Combination:
     """Random weights at every step, ``o * softmax`` of normal draws (Lin et al. 2022).
 
     The control: a learned combination that is no better than this has learned nothing

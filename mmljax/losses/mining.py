@@ -1,17 +1,18 @@
-"""Which pairs an objective sees: masks in, smaller masks out, static shapes throughout.
+"""Miners select the pairs that an objective uses: masks in, masks with fewer pairs out.
 
-The dual relation. For anchor ``i`` and candidate ``j`` there are two views of their similarity:
-``s_ij = x_i . x_j`` and, through the proxy of the anchor's class, ``t_ij = p_{y_i} . x_j``. In a
-view ``z`` the rule of Multi-Similarity mining (Wang et al. 2019, arXiv 1904.06627, eq. 8 and 9)
-with margin ``e`` keeps
+``miner(views, masks, *, ...) -> masks``. Shapes are static, so a step is compiled once, whatever
+share of the pairs is kept. Masks carry no gradient.
+
+Dual-relation mining. For anchor ``i`` and candidate ``j`` there are two views of their similarity:
+``s_ij = x_i . x_j`` and, through the proxy of the anchor's class, ``t_ij = p_{y_i} . x_j`` (of
+several proxies per class, the one nearest to the anchor). In a view ``z`` Multi-Similarity mining
+(Wang et al. 2019, arXiv 1904.06627, eq. 8 and 9) with margin ``e`` keeps
 
     negative j  iff  z_ij + e > min over positives k of z_ik,
     positive j  iff  z_ij - e < max over negatives k of z_ik,
 
-the extrema over the unmined sets. The paper of Lee and Roh (CVPRW 2020) says that both relations
-are looked at and not how; the rules ``either``, ``both`` and ``blend`` are this project's.
-
-Masks and selections carry no gradient.
+the extrema over the unmined sets. Lee and Roh (CVPRW 2020) state that both relations are used, and
+give no rule; the rules ``proxy``, ``either``, ``both`` and ``blend`` are this project's.
 """
 
 from __future__ import annotations
@@ -58,63 +59,111 @@ def _select(
     )
 
 
-def sample_miner(views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-    """The single anchor's view: Multi-Similarity mining as published. ``blend`` is not used."""
-    del blend
+def sample_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
+    """Keep the pairs that Multi-Similarity mining keeps in the view of the anchor itself.
+
+    The published rule (Wang et al. 2019, arXiv 1904.06627, eq. 8 and 9).
+
+    Args:
+      views: the two views; only ``sample`` is used.
+      masks: all pairs.
+      margin: in cosine; 0.1 in the authors' code.
+    """
     return _select(jax.lax.stop_gradient(views.sample), masks, margin=margin)
 
 
-def proxy_miner(views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-    """The view through the anchor's proxy; the anchor itself counts among the positives."""
-    del blend
+def proxy_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
+    """Keep the pairs that Multi-Similarity mining keeps in the view of the anchor's class proxy.
+
+    The anchor itself counts among the positives when their minimum is taken. Source: this
+    project's reading of Lee and Roh (CVPRW 2020), which names the relation and gives no rule.
+
+    Args:
+      views: the two views; ``proxy`` and ``anchor`` are used.
+      masks: all pairs.
+      margin: in cosine.
+    """
     proxy, anchor = jax.lax.stop_gradient((views.proxy, views.anchor))
     return _select(proxy, masks, margin=margin, anchor=anchor)
 
 
-def either_miner(views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-    """Pairs that at least one of the two views keeps."""
-    a = sample_miner(views, masks, margin=margin, blend=blend)
-    b = proxy_miner(views, masks, margin=margin, blend=blend)
+def either_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
+    """Keep the pairs that at least one of :func:`sample_miner` and :func:`proxy_miner` keeps.
+
+    Source: this project.
+
+    Args:
+      views: the two views.
+      masks: all pairs.
+      margin: in cosine, of both views.
+    """
+    a = sample_miner(views, masks, margin=margin)
+    b = proxy_miner(views, masks, margin=margin)
     return PairMasks(a.positive | b.positive, a.negative | b.negative)
 
 
-def both_miner(views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-    """Pairs that both views keep."""
-    a = sample_miner(views, masks, margin=margin, blend=blend)
-    b = proxy_miner(views, masks, margin=margin, blend=blend)
+def both_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
+    """Keep the pairs that both :func:`sample_miner` and :func:`proxy_miner` keep.
+
+    Source: this project.
+
+    Args:
+      views: the two views.
+      masks: all pairs.
+      margin: in cosine, of both views.
+    """
+    a = sample_miner(views, masks, margin=margin)
+    b = proxy_miner(views, masks, margin=margin)
     return PairMasks(a.positive & b.positive, a.negative & b.negative)
 
 
-def blend_miner(views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-    """One relation ``blend * s + (1 - blend) * t``; of the anchor itself, whose ``s`` is 1, too."""
+def blend_miner(
+    views: Views, masks: PairMasks, *, margin: float = 0.1, blend: float = 0.5
+) -> PairMasks:
+    """Keep the pairs that Multi-Similarity mining keeps in ``blend * s + (1 - blend) * t``.
+
+    The anchor counts among the positives, with ``s = 1``. Source: this project.
+
+    Args:
+      views: the two views.
+      masks: all pairs.
+      margin: in cosine.
+      blend: share of the sample's view: 1 is close to :func:`sample_miner`, 0 is
+        :func:`proxy_miner`.
+    """
     sample, proxy, anchor = jax.lax.stop_gradient((views.sample, views.proxy, views.anchor))
     mixed = blend * sample + (1 - blend) * proxy
     return _select(mixed, masks, margin=margin, anchor=blend + (1 - blend) * anchor)
 
 
-def hard_miner(views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-    """The least similar positive and the most similar negative of each anchor, ties all kept.
+def hard_miner(views: Views, masks: PairMasks) -> PairMasks:
+    """Keep the least similar positive and the most similar negative of each anchor.
 
-    Batch-hard mining (Hermans et al. 2017, arXiv 1703.07737, eq. 5) as masks. ``margin`` and
-    ``blend`` are not used.
+    Ties are all kept. Source: batch-hard mining, Hermans et al. 2017, arXiv 1703.07737, eq. 5.
+
+    Args:
+      views: the two views; only ``sample`` is used.
+      masks: all pairs.
     """
-    del margin, blend
     s = jax.lax.stop_gradient(views.sample)
     lowest = jnp.min(jnp.where(masks.positive, s, jnp.inf), axis=1, keepdims=True)
     highest = jnp.max(jnp.where(masks.negative, s, -jnp.inf), axis=1, keepdims=True)
     return PairMasks(masks.positive & (s <= lowest), masks.negative & (s >= highest))
 
 
-def semi_hard_miner(views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-    """Negatives inside the margin of some positive but below it, and those positives.
+def semi_hard_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
+    """Keep the columns that take part in a semi-hard pair of a positive and a negative.
 
-    A pair (positive ``p``, negative ``n``) is semi-hard when ``s_in < s_ip < s_in + margin``
-    (Schroff et al. 2015, arXiv 1503.03832, eq. 4, there in squared distances: on the unit sphere
-    ``margin`` in similarity is half of that in squared distance). A column is kept when it is
-    part of at least one such pair, so each keeps its own nearest counterpart. ``blend`` is not
-    used.
+    The pair (positive ``p``, negative ``n``) is semi-hard when ``s_in < s_ip < s_in + margin``.
+
+    Source: Schroff et al. 2015, arXiv 1503.03832, eq. 4. Deviation: cosines for squared
+    distances, so ``margin`` is half of the paper's (its 0.2 is 0.1 here).
+
+    Args:
+      views: the two views; only ``sample`` is used.
+      masks: all pairs.
+      margin: in cosine.
     """
-    del blend
     s = jax.lax.stop_gradient(views.sample)
     above = _nearest_above(s, s, masks.positive)  # of each column: the next positive above
     below = -_nearest_above(-s, -s, masks.negative)  # of each column: the next negative below
@@ -135,27 +184,23 @@ def _nearest_above(
 
 
 def distance_weighted_miner(
-    views: Views,
-    masks: PairMasks,
-    *,
-    margin: float,
-    blend: float,
-    dimension: int,
-    nearest: float = 0.5,
+    views: Views, masks: PairMasks, *, dimension: int, nearest: float = 0.5
 ) -> PairMasks:
-    """As many negatives as positives per anchor, drawn so that distances come out uniform.
+    """Keep every positive and draw as many negatives per anchor, evenly over distances.
 
-    Wu et al. 2017 (arXiv 1706.07567, eq. 4): a negative at distance ``D`` is drawn with weight
-    ``1 / q(D)``, ``log q(D) = (d - 2) log D + (d - 3) / 2 log(1 - D^2 / 4)``, with ``D`` raised
-    to at least ``nearest``. Drawn without replacement (Gumbel top-k), which the paper leaves
-    open, from one key per anchor, so the draw is the same on any number of devices. ``margin``
-    and ``blend`` are not used.
+    A negative at distance ``D`` is drawn with weight ``1 / q(D)``, ``log q(D) = (d - 2) log D +
+    (d - 3) / 2 log(1 - D^2 / 4)``, where ``D`` is at least ``nearest``. Draws are without
+    replacement (Gumbel top-k), which the paper leaves open, from one key per anchor, so they are
+    the same on any number of devices.
+
+    Source: Wu et al. 2017, arXiv 1706.07567, eq. 4. Made for ``margin_loss``.
 
     Args:
+      views: the two views; ``sample`` and ``keys`` are used.
+      masks: all pairs.
       dimension: embedding size ``d``.
-      nearest: distances below it are treated as it.
+      nearest: smaller distances count as this one; 0.5 in the authors' code.
     """
-    del margin, blend
     s = jax.lax.stop_gradient(views.sample)
     squared = jnp.clip(2 - 2 * s, nearest**2, 4 - 1e-4)
     log_weight = -((dimension - 2) / 2 * jnp.log(squared)) - (dimension - 3) / 2 * jnp.log(

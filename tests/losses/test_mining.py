@@ -83,7 +83,8 @@ def test_rule_equals_the_loop(rule: str, seed: int) -> None:
     with jax.enable_x64(True):
         views, masks = example(seed, classes=2 + seed)
         margin, blend = (0.1, 0.3, 0.02, 0.05)[seed], 0.3
-        got = RULES[rule](views, masks, margin=margin, blend=blend)
+        options = {"blend": blend} if rule == "blend" else {}
+        got = RULES[rule](views, masks, margin=margin, **options)
         positive, negative = loop(rule, views, masks, margin, blend)
         assert pairs(got.positive) == positive
         assert pairs(got.negative) == negative
@@ -93,7 +94,7 @@ def test_rule_equals_the_loop(rule: str, seed: int) -> None:
 
 def test_hard_miner_equals_the_loop() -> None:
     views, masks = example(5)
-    got = RULES["hard"](views, masks, margin=0.0, blend=0.0)
+    got = RULES["hard"](views, masks)
     for i in range(7):
         own = [j for j in range(11) if masks.positive[i, j]]
         other = [j for j in range(11) if masks.negative[i, j]]
@@ -106,7 +107,7 @@ def test_hard_miner_equals_the_loop() -> None:
 @pytest.mark.parametrize("margin", [0.05, 0.2, 1.0])
 def test_semi_hard_miner_equals_the_loop(margin: float) -> None:
     views, masks = example(6, references=17)
-    got = RULES["semi_hard"](views, masks, margin=margin, blend=0.0)
+    got = RULES["semi_hard"](views, masks, margin=margin)
     positive, negative = set(), set()
     for i in range(7):
         for p in range(17):
@@ -133,7 +134,7 @@ def test_distance_weighted_miner_draws_as_the_density_says() -> None:
 
     def draw(key: Any) -> Any:
         views = Views(jnp.asarray(s), jnp.asarray(s), jnp.zeros(1), key[None])
-        return RULES["distance_weighted"](views, masks, margin=0.0, blend=0.0).negative[0]
+        return RULES["distance_weighted"](views, masks).negative[0]
 
     drawn = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), draws)))
     assert (drawn.sum(1) == 1).all()
@@ -144,7 +145,7 @@ def test_distance_weighted_miner_draws_as_the_density_says() -> None:
 def test_distance_weighted_miner_balances_and_needs_a_positive() -> None:
     views, masks = example(8, references=40)
     lone = masks._replace(positive=masks.positive & (np.arange(7) != 2)[:, None])
-    got = RULES["distance_weighted"](views, lone, margin=0.0, blend=0.0)
+    got = RULES["distance_weighted"](views, lone)
     wanted = np.minimum(lone.positive.sum(1), lone.negative.sum(1))
     np.testing.assert_array_equal(np.asarray(got.negative).sum(1), wanted)
     assert np.asarray(got.negative)[2].sum() == 0
@@ -155,7 +156,7 @@ def test_masks_only_shrink_and_carry_no_gradient(rule: str) -> None:
     views, masks = example(9)
 
     def kept(sample: Any) -> Any:
-        mined = RULES[rule](views._replace(sample=sample), masks, margin=0.1, blend=0.5)
+        mined = RULES[rule](views._replace(sample=sample), masks)
         return jnp.sum(jnp.where(mined.negative, 1.0, 0.0)), mined
 
     (_, got), gradient = jax.value_and_grad(kept, has_aux=True)(jnp.asarray(views.sample))
@@ -172,7 +173,7 @@ def test_compiled_once_whatever_is_hard(rule: str) -> None:
     @jax.jit
     def mine(views: Views, masks: PairMasks) -> PairMasks:
         traces.append(1)
-        return RULES[rule](views, masks, margin=0.1, blend=0.5)
+        return RULES[rule](views, masks)
 
     views, masks = example(10, classes=2)
     masks = PairMasks(*(jnp.asarray(m) for m in masks))
