@@ -42,7 +42,7 @@ def loss(embeddings: Any, proxies: Any, labels: Any, keys: Any, *, row_block: in
     context = Context(jnp.zeros_like(x), keys, PairMasks(nothing, nothing), labels)
     pair = partial(multi_similarity_loss, alpha=2.0, beta=40.0, base=0.5)
     proxy = partial(proxy_anchor_loss, alpha=32.0, margin=0.1)
-    miner = partial(sample_miner, margin=0.1, blend=0.5)
+    miner = partial(sample_miner, margin=0.1)
     total = 0.0
     for objective, rows in (
         (Objective("pair", "sample_to_sample", pair, miner, False), samples),

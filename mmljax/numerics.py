@@ -1,4 +1,4 @@
-"""The stable forms that the objectives share, each written once.
+"""Numerically stable forms that losses and networks share.
 
 >>> import jax.numpy as jnp
 >>> from mmljax.types import Values
@@ -23,12 +23,16 @@ from mmljax.types import Values
 def l2_normalize(x: Float[Array, "*rows d"], *, epsilon: float = 1e-12) -> Float[Array, "*rows d"]:
     """Scale each row to unit length; a zero row stays zero, with a finite gradient.
 
+    Half precision is computed in float32 and returned in its own dtype.
+
     Args:
       x: vectors along the last axis.
-      epsilon: rows whose squared length is at most this are divided by its root instead.
+      epsilon: rows whose squared length is below this are divided by its root instead.
     """
-    squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon))
+    half = jnp.finfo(x.dtype).bits < 32
+    wide = x.astype(jnp.float32) if half else x
+    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(squared, epsilon))).astype(x.dtype)
 
 
 def similarity_matrix(
@@ -38,14 +42,38 @@ def similarity_matrix(
     return jnp.matmul(rows, columns.T, precision="highest")
 
 
+@jax.custom_jvp
+def squared_distances(
+    rows: Float[Array, "n d"], columns: Float[Array, "m d"]
+) -> Float[Array, "n m"]:
+    """Squared Euclidean distances of rows and columns, from the differences of coordinates.
+
+    For unit vectors at distance ``D`` the relative error is about ``eps / D``, where ``eps`` is
+    the machine epsilon (1.2e-7 in float32). That of ``2 - 2 s`` is about ``eps / D^2``: in float32
+    6 % at ``D`` = 1.7e-3, and nothing is left at 3e-4.
+
+    Time ``O(n m d)``, memory ``O(n m)``: the differences are summed as they are formed. The
+    gradient is two matrix products.
+    """
+    return jnp.sum((rows[:, None, :] - columns[None, :, :]) ** 2, axis=-1)
+
+
+@squared_distances.defjvp
+def _squared_distances_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (rows, columns), (d_rows, d_columns) = primals, tangents
+    own = jnp.sum(rows * d_rows, axis=-1)[:, None] + jnp.sum(columns * d_columns, axis=-1)
+    cross = similarity_matrix(rows, d_columns) + similarity_matrix(d_rows, columns)
+    return squared_distances(rows, columns), 2 * (own - cross)
+
+
 def masked_sum(values: Values) -> tuple[Float[Array, "*terms"], Float[Array, "*terms"]]:
-    """Sum over the valid rows and their count; a NaN in a valid row is not hidden."""
+    """Sum over the valid rows and their count; a NaN in a valid row stays."""
     total = jnp.sum(jnp.where(values.valid, values.value, 0), axis=-1)
     return total, jnp.sum(values.valid, axis=-1).astype(total.dtype)
 
 
 def masked_mean(values: Values) -> Float[Array, "*terms"]:
-    """Mean over the valid rows; 0 where none is valid; a NaN in a valid row is not hidden."""
+    """Mean over the valid rows; 0 where none is valid; a NaN in a valid row stays."""
     total, count = masked_sum(values)
     return total / jnp.maximum(count, 1)
 
@@ -65,7 +93,7 @@ def _masked_logsumexp(x: Array, mask: Array, add_one: bool) -> Array:
 
 @_masked_logsumexp.defjvp
 def _masked_logsumexp_jvp(add_one: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """The tangent is the softmax's: from the value itself, in one pass, with nothing kept."""
+    """The tangent is weighted by the softmax, computed from the value in one pass."""
     x, mask = primals
     value = _masked_logsumexp(x, mask, add_one)
     # The inner where keeps the exponent of masked entries at 0, so no inf meets a zero gradient.
@@ -78,7 +106,7 @@ def masked_logsumexp(
 ) -> Float[Array, " n"]:
     """``log(sum over the mask of exp(x))`` per row, with ``+ 1`` inside the log if asked.
 
-    Never overflows, and its gradient is finite everywhere: where a row has no kept entry the
-    value is 0 (the log of the one, or by convention) and the gradient 0.
+    It never overflows, and its gradient is finite everywhere. Where a row has no kept entry, the
+    value is 0 (the log of 1, or by convention) and so is the gradient.
     """
     return _masked_logsumexp(x, mask, add_one)

@@ -1,10 +1,10 @@
-"""Objectives between samples: each anchor with the references that share its class or do not.
+"""Pair losses on a block of similarities: sample to sample.
 
-All are pure functions of a block of cosine similarities of **unit** embeddings: rows are the
-anchors, columns the references (the global batch, or the batch and a memory). The masks say which
-columns are positives and negatives of each row; the anchor itself belongs to neither. What comes
-back is one value per anchor and whether it enters the mean. Half precision is computed in
-float32. No hyperparameter has a default, since papers disagree on them.
+``loss(similarity, masks, *, ...) -> Values``. ``similarity`` holds the cosines of **unit**
+embeddings: rows are the anchors, columns the references (the global batch, or the batch and a
+memory). ``masks`` says which columns are positives and negatives of each row; a column in neither
+(the anchor itself, padding, an unmined pair) has no effect. The result has one value per anchor
+and says which anchors enter the mean. Half precision is computed in float32.
 
 Notation: ``s`` similarity, ``P`` and ``N`` the positives and negatives of a row,
 ``[z]+ = max(0, z)``, ``D = sqrt(2 - 2 s)`` the Euclidean distance.
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mmljax.losses.blocks import chord_distance, promote
+from mmljax.losses.blocks import all_valid, any_column, chord_distance, promote
 from mmljax.numerics import masked_logsumexp, masked_mean
 from mmljax.types import PairMasks, Values
 
@@ -38,66 +38,70 @@ def multi_similarity_loss(
     similarity: Float[Array, "n m"],
     masks: PairMasks,
     *,
-    alpha: float,
-    beta: float,
-    base: float,
+    alpha: float = 2.0,
+    beta: float = 40.0,
+    base: float = 0.5,
 ) -> Values:
     """Multi-Similarity: ``log(1 + sum_P e^(-a (s - l))) / a + log(1 + sum_N e^(b (s - l))) / b``.
 
-    Relation: sample to sample. Every row is valid: the mean runs over all anchors, also over
-    those with nothing left after mining.
+    Relation: sample to sample. Mean over all anchors, also those with no pair left after mining.
+    Use: the default pair loss, made for mined pairs.
 
-    Source: Wang et al. 2019, arXiv 1904.06627. Deviation: pairs leave by the masks
-    alone (the authors' code drops positives with ``s >= 1 - 1e-5``, hence duplicates too, and
-    skips an anchor whose mined positives or negatives are empty).
+    Source: Wang et al. 2019, arXiv 1904.06627. Deviation: only the masks remove pairs. The
+    authors' code also drops positives with ``s >= 1 - 1e-5``, duplicates among them, and skips an
+    anchor without a mined positive or a mined negative.
 
     Args:
       similarity: anchors by references.
-      masks: of the same shape, mined or not.
-      alpha: sharpness over the positives.
-      beta: sharpness over the negatives.
-      base: the cosine ``l`` from which both sides push away.
+      masks: of the same shape.
+      alpha: sharpness ``a`` over the positives; default of the authors' code and the paper.
+      beta: sharpness ``b`` over the negatives; default of the authors' code (the paper has 50).
+      base: the cosine ``l`` at which both sides push; default of the authors' code (the paper
+        has 1).
     """
     s = promote(similarity)
     attraction = masked_logsumexp(-alpha * (s - base), masks.positive, add_one=True) / alpha
     repulsion = masked_logsumexp(beta * (s - base), masks.negative, add_one=True) / beta
-    return _mean_over_all(attraction + repulsion)
+    return all_valid(attraction + repulsion)
 
 
 def contrastive_loss(
     similarity: Float[Array, "n m"],
     masks: PairMasks,
     *,
-    positive_margin: float,
-    negative_margin: float,
+    positive_margin: float = 1.0,
+    negative_margin: float = 0.5,
 ) -> Values:
-    """Contrastive, cosine form: ``sum_P [m_p - s]+ + sum_N [s - m_n]+``.
+    """Contrastive loss on cosines: ``sum_P [m_p - s]+ + sum_N [s - m_n]+``.
 
-    Relation: sample to sample. Every row is valid: the sum over pairs is divided by the number
-    of anchors.
+    Relation: sample to sample. Mean over all anchors.
+    Use: with a large memory, where its constant gradient per pair is an advantage.
 
     Source: Hadsell, Chopra, LeCun 2006 (CVPR), eq. 4, with cosines for distances and no square,
     as in Wang et al. 2020 (cross-batch memory, arXiv 1912.06798). Deviation from the code of
-    the latter: a hinge proper, with the margin subtracted from the negatives.
+    the latter: the margin is subtracted from the negatives, so the hinge is continuous.
 
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      positive_margin: positives at least this similar cost nothing.
-      negative_margin: negatives at most this similar cost nothing.
+      positive_margin: ``m_p``, positives at least this similar cost nothing; default of the
+        cross-batch memory's code.
+      negative_margin: ``m_n``, negatives at most this similar cost nothing; default of the
+        cross-batch memory's code.
     """
     s = promote(similarity)
     attraction = jnp.where(masks.positive, jax.nn.relu(positive_margin - s), 0)
     repulsion = jnp.where(masks.negative, jax.nn.relu(s - negative_margin), 0)
-    return _mean_over_all(jnp.sum(attraction + repulsion, axis=-1))
+    return all_valid(jnp.sum(attraction + repulsion, axis=-1))
 
 
 def triplet_hard_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float = 0.1
 ) -> Values:
     """Batch-hard triplet: ``[margin + max_N s - min_P s]+``.
 
-    Relation: sample to sample. Valid: anchors with a positive and a negative.
+    Relation: sample to sample. Mean over the anchors with a positive and a negative.
+    Use: clean labels and a pretrained network; an untrained one can collapse.
 
     Source: Hermans, Beyer, Leibe 2017, arXiv 1703.07737, eq. 5. Deviation: cosines for
     distances. Since ``D^2 = 2 - 2 s``, a margin here is half a margin of squared distances.
@@ -105,33 +109,34 @@ def triplet_hard_loss(
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      margin: in cosine.
+      margin: in cosine; the default is FaceNet's 0.2 in squared distance.
     """
     s = promote(similarity)
     farthest = jnp.min(jnp.where(masks.positive, s, jnp.inf), axis=-1)
     nearest = jnp.max(jnp.where(masks.negative, s, -jnp.inf), axis=-1)
-    valid = _any(masks.positive) & _any(masks.negative)
+    valid = any_column(masks.positive) & any_column(masks.negative)
     return Values(jnp.where(valid, jax.nn.relu(margin + nearest - farthest), 0), valid)
 
 
 def triplet_semihard_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float = 0.1
 ) -> Values:
     """Semi-hard triplet: per positive the most similar negative that is less similar than it.
 
     The value is the mean of ``[margin + s_n - s_p]+`` over the positives that have such a
-    negative. Relation: sample to sample. Valid: anchors with such a positive.
+    negative. Relation: sample to sample. Mean over the anchors with such a positive.
     Time ``O(n m log m)``, memory ``O(n m)``.
+    Use: the safe triplet loss for an untrained network.
 
     Source: Schroff, Kalenichenko, Philbin 2015 (FaceNet), arXiv 1503.03832, eq. 4. Deviations:
-    cosines for squared distances (half the margin); the paper leaves open which semi-hard
-    negative is taken, here it is the hardest; a positive without one is left out, where
-    TensorFlow Addons takes the farthest negative.
+    cosines for squared distances (half the margin); the hardest semi-hard negative is taken,
+    which the paper leaves open; a positive without one is left out, where TensorFlow Addons takes
+    the farthest negative.
 
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      margin: in cosine.
+      margin: in cosine; the default is FaceNet's 0.2 in squared distance.
     """
     s = promote(similarity)
     ordered = _ordered_negatives(s, masks.negative)
@@ -139,24 +144,27 @@ def triplet_semihard_loss(
     semihard = masks.positive & (below > 0)
     negative = jnp.take_along_axis(ordered, jnp.maximum(below - 1, 0), axis=-1)
     hinge = jax.nn.relu(margin + negative - s)
-    return Values(masked_mean(Values(hinge, semihard)), _any(semihard))
+    return Values(masked_mean(Values(hinge, semihard)), any_column(semihard))
 
 
-def triplet_all_loss(similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float) -> Values:
+def triplet_all_loss(
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float = 0.1
+) -> Values:
     """All triplets: the mean of ``[margin + s_n - s_p]+`` over those triplets where it is not 0.
 
-    Relation: sample to sample. Valid: anchors with at least one violating triplet.
-    The triplets are never laid out: sorted negatives and their sums from the top give the same
-    in time ``O(n m log m)`` and memory ``O(n m)``.
+    Relation: sample to sample. Mean over the anchors with at least one violating triplet, however
+    many they have. Sorted negatives and their partial sums replace the triplets: time
+    ``O(n m log m)``, memory ``O(n m)``, so a memory of references costs little.
+    Use: noisy labels.
 
     Source: Hermans, Beyer, Leibe 2017, arXiv 1703.07737, eq. 6 ("batch all", non-zero mean).
-    Deviations: cosines for distances (see :func:`triplet_hard_loss`); the mean runs over the
-    triplets of each anchor, then over anchors.
+    Deviations: cosines for distances (a margin is half of one of squared distances); the mean
+    runs over the triplets of each anchor, then over anchors.
 
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      margin: in cosine.
+      margin: in cosine; the default is FaceNet's 0.2 in squared distance.
     """
     s = promote(similarity)
     ordered = _ordered_negatives(s, masks.negative)
@@ -172,12 +180,17 @@ def triplet_all_loss(similarity: Float[Array, "n m"], masks: PairMasks, *, margi
 
 
 def margin_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float, beta: float
+    similarity: Float[Array, "n m"],
+    masks: PairMasks,
+    squared_distance: Float[Array, "n m"] | None = None,
+    *,
+    margin: float = 0.2,
+    beta: float = 1.2,
 ) -> Values:
     """Margin: the mean of ``[margin + D_p - beta]+`` and ``[margin + beta - D_n]+`` that are not 0.
 
-    Relation: sample to sample; made for masks whose negatives were drawn evenly over distances.
-    Valid: anchors with at least one pair that is not 0.
+    Relation: sample to sample. Mean over the anchors with at least one pair that is not 0.
+    Use: with distance-weighted mining; without, negatives outnumber positives in the mean.
 
     Source: Wu et al. 2017, arXiv 1706.07567. Deviations: ``beta`` is fixed; the mean over
     active pairs runs over those of each anchor, then over anchors.
@@ -185,24 +198,26 @@ def margin_loss(
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      margin: half-width of the band around ``beta``, a Euclidean distance.
-      beta: the distance that parts positives from negatives.
+      squared_distance: of the same shape, see :func:`mmljax.losses.blocks.distances_for`.
+      margin: half-width of the band around ``beta``, a Euclidean distance; default of the paper.
+      beta: the distance that separates positives from negatives; default is the paper's start.
     """
-    distance = chord_distance(promote(similarity))
+    distance = chord_distance(similarity, squared_distance)
     attraction = jnp.where(masks.positive, jax.nn.relu(margin + distance - beta), 0)
     repulsion = jnp.where(masks.negative, jax.nn.relu(margin + beta - distance), 0)
     hinge = attraction + repulsion
-    active = hinge != 0  # a NaN is active too, so it is not hidden
-    return Values(masked_mean(Values(hinge, active)), _any(active))
+    active = hinge != 0  # a NaN counts as active, so it is not hidden
+    return Values(masked_mean(Values(hinge, active)), any_column(active))
 
 
 def circle_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float, gamma: float
+    similarity: Float[Array, "n m"], masks: PairMasks, *, margin: float = 0.4, gamma: float = 80.0
 ) -> Values:
     """Circle: ``log(1 + sum_N e^(g w_n (s - m)) sum_P e^(-g w_p (s - 1 + m)))``.
 
     The weights ``w_n = [s + m]+`` and ``w_p = [1 + m - s]+`` are constants to the gradient.
-    Relation: sample to sample. Valid: anchors with a positive and a negative.
+    Relation: sample to sample. Mean over the anchors with a positive and a negative.
+    Use: like Multi-Similarity, but positives and negatives share one softplus.
 
     Source: Sun et al. 2020, arXiv 2002.10857: the form with margins, its optima at
     ``1 + m`` and ``-m``.
@@ -210,45 +225,50 @@ def circle_loss(
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      margin: relaxation ``m``.
-      gamma: scale ``g``.
+      margin: relaxation ``m``; default of the paper for fine-grained retrieval.
+      gamma: scale ``g``; default of the paper for fine-grained retrieval.
     """
     s = promote(similarity)
     weight_p = jax.lax.stop_gradient(jax.nn.relu(1 + margin - s))
     weight_n = jax.lax.stop_gradient(jax.nn.relu(s + margin))
     attraction = masked_logsumexp(-gamma * weight_p * (s - 1 + margin), masks.positive)
     repulsion = masked_logsumexp(gamma * weight_n * (s - margin), masks.negative)
-    valid = _any(masks.positive) & _any(masks.negative)
+    valid = any_column(masks.positive) & any_column(masks.negative)
     return Values(jnp.where(valid, jax.nn.softplus(attraction + repulsion), 0), valid)
 
 
-def supcon_loss(similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float) -> Values:
+def supcon_loss(
+    similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float = 0.1
+) -> Values:
     """Supervised contrastive: ``-mean_P log(e^(s / t) / sum_(P and N) e^(s / t))``.
 
-    Relation: sample to sample. Valid: anchors with a positive.
+    Relation: sample to sample. Mean over the anchors with a positive. A column in neither mask
+    is not in the denominator either.
+    Use: large batches with several positives per anchor.
 
     Source: Khosla et al. 2020, arXiv 2004.11362, eq. 2 (the sum outside the log), with a mean
-    over anchors for the sum. A column in neither mask leaves the denominator too.
+    over anchors for the sum.
 
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      temperature: ``t``.
+      temperature: ``t``; default of the paper.
     """
     logits = promote(similarity) / temperature
     normalizer = masked_logsumexp(logits, masks.positive | masks.negative)
-    valid = _any(masks.positive)
+    valid = any_column(masks.positive)
     mean = masked_mean(Values(logits, masks.positive))
     return Values(jnp.where(valid, normalizer - mean, 0), valid)
 
 
 def nt_xent_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float
+    similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float = 0.07
 ) -> Values:
     """NT-Xent: ``-mean_P log(e^(s_p / t) / (e^(s_p / t) + sum_N e^(s / t)))``.
 
-    Other positives do not stand in the denominator, unlike :func:`supcon_loss`.
-    Relation: sample to sample. Valid: anchors with a positive.
+    Relation: sample to sample. Mean over the anchors with a positive. Other positives are not in
+    the denominator, unlike in ``supcon``.
+    Use: two views per item.
 
     Source: Chen et al. 2020 (SimCLR), arXiv 2002.05709, eq. 1. Deviation: several positives per
     anchor are averaged, then anchors.
@@ -256,20 +276,12 @@ def nt_xent_loss(
     Args:
       similarity: anchors by references.
       masks: of the same shape.
-      temperature: ``t``.
+      temperature: ``t``; default of pytorch-metric-learning and of MoCo (arXiv 1911.05722).
     """
     logits = promote(similarity) / temperature
     repulsion = masked_logsumexp(logits, masks.negative)[:, None]
-    pairs = jnp.where(_any(masks.negative)[:, None], jax.nn.softplus(repulsion - logits), 0)
-    return Values(masked_mean(Values(pairs, masks.positive)), _any(masks.positive))
-
-
-def _any(mask: Bool[Array, "n m"]) -> Bool[Array, " n"]:
-    return jnp.any(mask, axis=-1)
-
-
-def _mean_over_all(value: Float[Array, " n"]) -> Values:
-    return Values(value, jnp.ones_like(value, bool))
+    pairs = jnp.where(any_column(masks.negative)[:, None], jax.nn.softplus(repulsion - logits), 0)
+    return Values(masked_mean(Values(pairs, masks.positive)), any_column(masks.positive))
 
 
 def _ordered_negatives(s: Float[Array, "n m"], negative: Bool[Array, "n m"]) -> Float[Array, "n m"]:
@@ -280,6 +292,6 @@ def _ordered_negatives(s: Float[Array, "n m"], negative: Bool[Array, "n m"]) -> 
 def _count_below(
     ordered: Float[Array, "n m"], threshold: Float[Array, "n m"], *, side: str
 ) -> Int[Array, "n m"]:
-    """How many of its row's ordered values lie below each threshold (``right``: or on it)."""
+    """Count the ordered values of a row below each threshold (``right``: or equal to it)."""
     count = jax.vmap(functools.partial(jnp.searchsorted, side=side))
     return count(jax.lax.stop_gradient(ordered), jax.lax.stop_gradient(threshold))

@@ -1,6 +1,6 @@
-"""Objectives between samples that relax a retrieval metric: anchors as queries.
+"""Pair losses that relax a retrieval metric; anchors are queries.
 
-The contract is that of :mod:`mmljax.losses.pair`.
+The signature and notation are those of :mod:`mmljax.losses.pair`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from mmljax.types import PairMasks, Values
 
 
 def smooth_ap_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float
+    similarity: Float[Array, "n m"], masks: PairMasks, *, temperature: float = 0.01
 ) -> Values:
-    """Smooth-AP: 1 minus the average precision whose ranks count by sigmoids.
+    """Smooth-AP: 1 minus the average precision with ranks counted by sigmoids.
 
     ``1 - mean_(i in P) r_P(i) / r_(P and N)(i)``, where the rank ``r_S(i)`` among a set is
     ``1 + sum_(j in S, j != i) sigmoid((s_j - s_i) / t)``.
-    Relation: sample to sample (queries by references). Valid: queries with a positive.
-    Time ``O(n m m)``, memory ``O(m m)``: rows are taken one at a time and recomputed in the
+    Relation: sample to sample. Mean over the queries with a positive.
+    Time ``O(n m m)``, memory ``O(m m)``: rows are computed one at a time, and again in the
     backward pass, so this is for batches, not for a long memory.
+    Use: when the metric is mean average precision and batches are large.
 
     Source: Brown et al. 2020, arXiv 2007.12163. Deviation: the query itself is not one
     of its positives unless the mask says so (the authors' code counts it).
@@ -31,7 +32,7 @@ def smooth_ap_loss(
     Args:
       similarity: queries by references.
       masks: of the same shape.
-      temperature: of the sigmoids, ``t``; in cosine.
+      temperature: ``t`` of the sigmoids, in cosine; default of the paper.
     """
 
     @jax.checkpoint
@@ -40,7 +41,7 @@ def smooth_ap_loss(
     ) -> Float[Array, ""]:
         s, positive, negative = operands
         above = jax.nn.sigmoid((s - s[:, None]) / temperature)  # [i, j]: j before i
-        # A positive meets itself as sigmoid(0), so a half is already there of the rank's 1.
+        # A positive counts itself as sigmoid(0), so 0.5 of its rank's 1 is in the sum.
         rank = 0.5 + jnp.sum(jnp.where(positive, above, 0), axis=-1)
         ahead = jnp.sum(jnp.where(negative, above, 0), axis=-1)
         return 1 - masked_mean(Values(rank / (rank + ahead), positive))
