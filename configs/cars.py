@@ -13,12 +13,12 @@ Hardware: one accelerator with 16 GB, or more of them (batch_size divides over t
 
 from ml_collections import ConfigDict
 
-from configs import cub
+import mmljax
 
 
 def get_config() -> ConfigDict:
     """8,054 training images: an epoch is 45 steps."""
-    config = cub.get_config()
+    config = mmljax.default_config("cub")
     config.data.source = "tfds_cars"
     config.optimizer.step_every = "10 epochs"
     return config

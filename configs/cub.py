@@ -16,21 +16,19 @@ Hardware: one accelerator with 16 GB, or more of them (batch_size divides over t
 
 from ml_collections import ConfigDict
 
-from configs import common
+import mmljax
 
 
 def get_config() -> ConfigDict:
     """5,864 training images: an epoch is 33 steps."""
-    config = common.get_config()
+    config = mmljax.default_config()
     config.duration = "100 epochs"
     config.data.source = "tfds_cub"
     config.data.directory = "data/tfds"
-    config.data.batch_size = 180
     config.data.images_per_class = 2
     config.model.batch_norm = "frozen"
     for group in ("backbone", "head"):
         config.optimizer[group] = {"learning_rate": 1e-4, "weight_decay": 1e-2}
-    config.optimizer.proxies = {"learning_rate": 1e-2, "weight_decay": 0.0}
     config.optimizer.schedule = "step"
     config.optimizer.step_every = "5 epochs"
     config.optimizer.step_factor = 0.5

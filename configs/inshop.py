@@ -15,19 +15,12 @@ Hardware: one accelerator with 16 GB, or more of them (batch_size divides over t
 
 from ml_collections import ConfigDict
 
-from configs import common
+import mmljax
 
 
 def get_config() -> ConfigDict:
     """The published recipe for one ResNet-50, with this project's objectives."""
-    config = common.get_config()
-    config.duration = "60 epochs"
-    config.data.source = "in_shop"
+    config = mmljax.default_config()
     config.data.directory = "data/inshop"
-    config.data.batch_size = 180
-    config.data.images_per_class = 4
-    config.optimizer.backbone = {"learning_rate": 1e-4, "weight_decay": 1e-4}
-    config.optimizer.head = {"learning_rate": 1e-4, "weight_decay": 1e-4}
-    config.optimizer.proxies = {"learning_rate": 1e-2, "weight_decay": 0.0}
     config.optimizer.freeze_backbone = "5 epochs"
     return config

@@ -9,12 +9,12 @@ Expected score: see the README's table of results.
 
 from ml_collections import ConfigDict
 
-from configs import common
+import mmljax
 
 
 def get_config() -> ConfigDict:
     """A small network; every training character is also seen turned by quarters, as other ones."""
-    config = common.get_config()
+    config = mmljax.default_config()
     config.duration = "2800 steps"
     config.data.source = "arrays"
     config.data.directory = "data/omniglot.npz"
@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
     for group in ("backbone", "head"):
         config.optimizer[group].learning_rate = 1e-3
     config.optimizer.warmup = "50 steps"
-    config.objectives.pair.mining.rule = "none"
+    config.objectives.pair.mining = "none"
+    config.objectives.pair.mining_params = {}
     config.evaluation.every = "700 steps"
     config.evaluation.recall_at = (1, 2, 4, 8)
     config.checkpoint.every = "700 steps"

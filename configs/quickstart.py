@@ -7,12 +7,12 @@ Hardware: two CPU cores, under 3 minutes. Expected Recall@1: see the README's ta
 
 from ml_collections import ConfigDict
 
-from configs import common
+import mmljax
 
 
 def get_config() -> ConfigDict:
     """A small network on 64 px images that the run draws itself."""
-    config = common.get_config()
+    config = mmljax.default_config()
     config.duration = "500 steps"
     config.data.source = "synthetic"
     config.data.directory = "data/quickstart"

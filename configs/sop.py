@@ -15,16 +15,15 @@ encoded images take 3 GB of host memory on each host.
 
 from ml_collections import ConfigDict
 
-from configs import common
+import mmljax
 
 
 def get_config() -> ConfigDict:
     """59,551 training images of 11,318 products: an epoch is 331 steps."""
-    config = common.get_config()
+    config = mmljax.default_config()
     config.duration = "150 epochs"
     config.data.source = "tfds_sop"
     config.data.directory = "data/tfds"
-    config.data.batch_size = 180
     config.data.images_per_class = 2
     for group in ("backbone", "head"):
         config.optimizer[group] = {"learning_rate": 6e-4, "weight_decay": 1e-4}

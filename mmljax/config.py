@@ -1,128 +1,153 @@
-"""The schema of a run: frozen dataclasses, filled strictly from a config file's mapping.
+"""The schema of a run and its defaults: frozen dataclasses, filled strictly from a config file.
 
-Config files (``configs/*.py``) are programs that state every value; the classes here have no
-defaults. A key that is unknown, missing or of the wrong type is an error that names it.
+A config file (``configs/*.py``) is a program whose ``get_config()`` takes :func:`default_config`
+and changes what differs. A key that is unknown, missing or of the wrong type is an error that names
+it. Durations are a number and a unit, such as ``"600 steps"``, ``"60 epochs"`` or ``"10%"``.
 """
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
+import os
 import re
+import runpy
+import traceback
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 from mmljax.errors import UserError
-from mmljax.ranges import (
-    Count,
-    Decay,
-    Natural,
-    NotNegative,
-    Positive,
-    PositiveShare,
-    Range,
-    Share,
-)
+from mmljax.text import nearest, one_line
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%)\s*")
+
+
+class Range(NamedTuple):
+    """Finite numbers from ``least`` to ``most``, without ``least`` itself where it is excluded."""
+
+    least: float
+    most: float = math.inf
+    excluded: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is in the range."""
+        enough = value > self.least if self.excluded else value >= self.least
+        return enough and value <= self.most and math.isfinite(value)
+
+    def __str__(self) -> str:
+        start = f"{'above' if self.excluded else 'at least'} {self.least:g}"
+        return start if self.most == math.inf else f"{start} and at most {self.most:g}"
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, excluded=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, excluded=True)]
+Decay = Annotated[float, Range(0, 0.999999)]  # of a running mean: at 1 it would never move
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
     """Size of the generated garment set; used when ``data.source`` is ``synthetic``."""
 
-    train_items: Count
-    test_items: Count
-    views: Count  # images per item
-    image_size: Count  # pixels
-    seed: Natural
+    train_items: Count = 200
+    test_items: Count = 120
+    views: Count = 8  # images per item
+    image_size: Count = 64  # pixels
+    seed: Natural = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they become a batch."""
 
-    source: str  # a key of build.SOURCES
-    directory: str  # of the images; "" where the source needs none
-    check_counts: bool  # of TFDS's benchmarks: whether other numbers of images are an error
-    test_share: Share  # of the classes of a folder without train/, held out for the test
-    corrupt: str  # training images that cannot be decoded: error, or skip (and warn)
-    image_size: Count  # side of a training or evaluation crop, pixels
-    resize_size: Count  # short side before the evaluation crop, pixels
-    crop_scale: tuple[PositiveShare, PositiveShare]  # share of the area that a training crop covers
-    crop_ratio: tuple[Positive, Positive]  # width over height of a training crop
-    flip: bool
-    rotate: NotNegative  # degrees, uniform within +-; array sources only
-    shear: NotNegative  # uniform within +-; array sources only
-    batch_size: Count  # global, training
-    images_per_class: Count  # K of P x K
-    eval_batch_size: Count  # global
-    threads: Natural  # of decoding; 0: one per core
-    prefetch: Natural  # batches made ahead on the host
-    synthetic: SyntheticConfig
+    source: str = "in_shop"  # a key of data.load.SOURCES
+    directory: str = ""  # of the images; "" where the source needs none
+    check_counts: bool = True  # of TFDS's benchmarks: whether other numbers of images are an error
+    test_share: Share = 0.5  # of the classes of a folder without train/, held out for the test
+    corrupt: str = "error"  # training images that cannot be decoded: error, or skip (and warn)
+    image_size: Count = 224  # side of a training or evaluation crop, pixels
+    resize_size: Count = 256  # short side before the evaluation crop, pixels
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.16, 1.0)  # area share of a training crop
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height of a training crop
+    flip: bool = True
+    rotate: NotNegative = 0.0  # degrees, uniform within +-; array sources only
+    shear: NotNegative = 0.0  # uniform within +-; array sources only
+    batch_size: Count = 180  # global, training
+    images_per_class: Count = 4  # K of P x K
+    eval_batch_size: Count = 128  # global
+    threads: Natural = 0  # of decoding; 0: one per core
+    prefetch: Natural = 4  # batches made ahead on the host
+    synthetic: SyntheticConfig = SyntheticConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Backbone and embedding head."""
 
-    backbone: str  # a key of models.backbones.BACKBONES
-    width: Count  # channels of a ResNet's first stage, of a ViT's attention heads; published: 64
-    pretrained: str  # a file of weights, or hf:OWNER/NAME@COMMIT; "" to start from random ones
-    pixel_norm: str  # imagenet (mean, deviation) or half (0.5, 0.5), as the weights were trained
-    embedding_size: Count
-    pooling: str  # of a ResNet: average, max, average+max; of a ViT: token, average
-    layer_norm: str  # none, before (the projection), after
-    batch_norm: str  # global (over the whole batch) or frozen (running statistics)
-    compute_dtype: str  # of the backbone: float32 or bfloat16
+    backbone: str = "resnet50"  # a key of models.backbones.BACKBONES
+    width: Count = 64  # channels of a ResNet's first stage, of a ViT's heads; published: 64
+    pretrained: str = ""  # a file of weights, or hf:OWNER/NAME@COMMIT; "" for random ones
+    pixel_norm: str = "imagenet"  # a key of models.embedder.PIXEL_NORMS, as the weights ask for
+    embedding_size: Count = 512
+    pooling: str = "average+max"  # of a ResNet: average, max, average+max; of a ViT: token, average
+    layer_norm: str = "before"  # none, before (the projection), after
+    batch_norm: str = "global"  # global (over the whole batch) or frozen (running statistics)
+    compute_dtype: str = "bfloat16"  # of the backbone: float32 or bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
-class MiningConfig:
-    """Which pairs reach an objective."""
+class Objective:
+    """One objective of a run or of a :class:`mmljax.MultiObjective`.
 
-    rule: str  # a key of build.MINERS
-    margin: float
-    blend: Share  # weight of the sample view under rule blend
+    Shares are targets for its part of the weighted gradient norms, used by combination ``share``.
+    They are normalised over the objectives in each group, so they need not sum to 1.
 
+    >>> Objective("proxy_anchor", {"margin": 0.2}, weight=0.03).params
+    {'margin': 0.2}
+    """
 
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """One objective: a row of ``build.OBJECTIVES``, what it sees and how it is set."""
-
-    loss: str
-    params: Mapping[str, float | int | str]  # in place of those of ``losses``
-    mining: MiningConfig
-    memory: bool  # whether the cross-batch memory joins its references
-    sampled_proxies: (
-        Natural  # of a loss between proxies: columns drawn at a step; 0 for all proxies
-    )
+    loss: str  # a key of losses.registry.LOSSES
+    params: Mapping[str, float | int | str] = dataclasses.field(
+        default_factory=dict
+    )  # hyperparameters of the loss
+    weight: NotNegative = 1.0  # of the loss, or the value from which learning starts
+    embedding_share: Share = 0.0  # at the embeddings
+    proxy_share: Share = 0.0  # at the proxies
+    mining: str = "none"  # a key of losses.registry.MINERS
+    mining_params: Mapping[str, float | int | str] = dataclasses.field(
+        default_factory=dict
+    )  # hyperparameters of the miner
+    memory: bool = False  # whether the cross-batch memory joins its references
+    sampled_proxies: Natural = 0  # of a loss between proxies: columns drawn per step; 0 for all
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Cross-batch memory: a ring buffer of past embeddings as further references."""
+    """Cross-batch memory: a ring of past embeddings as further references."""
 
-    size: Natural  # embeddings; 0 for none
-    start: str  # duration before its references count
+    size: Natural = 0  # embeddings; 0 for none
+    start: str = "0 steps"  # duration before its references count
 
 
 @dataclasses.dataclass(frozen=True)
 class CombinationConfig:
-    """How contribution weights come about: a row of ``build.COMBINATIONS``."""
+    """How the contribution weights are set."""
 
-    name: str
-    weights: Mapping[str, NotNegative]  # of each objective: fixed, or where learning starts
-    embedding_shares: Mapping[str, Share]  # targets at the embeddings (share)
-    proxy_shares: Mapping[str, Share]  # targets at the proxies (share)
-    cap: Positive  # largest weight (uncertainty)
-    alpha: NotNegative  # exponent of the training rates (gradnorm)
-    surgery: str  # none or pcgrad, at the embeddings
+    name: str = "share"  # a key of losses.registry.COMBINATIONS
+    params: Mapping[str, float | int | str] = dataclasses.field(
+        default_factory=dict
+    )  # hyperparameters of the combination
+    surgery: str = "none"  # none or pcgrad, at the embeddings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,73 +162,204 @@ class GroupConfig:
 class OptimizerConfig:
     """Optax optimiser, its groups, schedule and clipping."""
 
-    name: str  # adamw, sgd
-    b1: Decay  # of adamw; the momentum of sgd
-    b2: Decay
-    epsilon: Positive
-    backbone: GroupConfig
-    head: GroupConfig
-    proxies: GroupConfig
-    weights: GroupConfig  # contribution weights
-    schedule: str  # constant, cosine, step
-    step_every: str  # duration, of schedule step
-    step_factor: Positive
-    warmup: str  # duration of a linear rise of every rate
-    freeze_backbone: str  # duration in which head and proxies train alone
-    clip_norm: NotNegative  # largest norm of each group's gradient; 0 for no clipping
+    name: str = "adamw"  # adamw, sgd
+    b1: Decay = 0.9  # of adamw; the momentum of sgd
+    b2: Decay = 0.999
+    epsilon: Positive = 1e-8
+    backbone: GroupConfig = GroupConfig(1e-4, 1e-4)
+    head: GroupConfig = GroupConfig(1e-4, 1e-4)
+    proxies: GroupConfig = GroupConfig(1e-2, 0.0)
+    weights: GroupConfig = GroupConfig(0.05, 0.0)  # contribution weights
+    schedule: str = "cosine"  # constant, cosine, step
+    step_every: str = "20 epochs"  # duration, of schedule step
+    step_factor: Positive = 0.25
+    warmup: str = "1 epochs"  # duration of a linear rise of every rate
+    freeze_backbone: str = "0 steps"  # duration in which head and proxies train alone
+    clip_norm: NotNegative = 10.0  # largest norm of each group's gradient; 0 for no clipping
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """When and what to evaluate."""
 
-    every: str  # duration; the last step is always evaluated
-    recall_at: tuple[Count, ...]
-    gallery_chunk: Count  # rows of the gallery per matrix product
-    untrained: bool  # also score the network before the first step
-    geometry: bool  # also measure the embeddings' density and spectral decay
-    clustering: bool  # also cluster them, for NMI and AMI: needs scikit-learn, and takes long
+    every: str = "5 epochs"  # duration; the last step is always evaluated
+    recall_at: tuple[Count, ...] = (1, 10, 20, 30, 40, 50)
+    gallery_chunk: Count = 4096  # rows of the gallery per matrix product
+    untrained: bool = True  # also score the network before the first step
+    geometry: bool = True  # also measure the embeddings' density and spectral decay
+    clustering: bool = False  # also cluster them, for NMI and AMI: needs scikit-learn, takes long
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept on disk."""
 
-    every: str  # duration
-    keep_last: Count
-    keep_best: Natural  # by R@1 at evaluations
+    every: str = "1 epochs"  # duration
+    keep_last: Count = 2
+    keep_best: Natural = 1  # by the first score of an evaluation: Recall@K of the smallest K
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """What is written beside the ledger's rows."""
 
-    every: Natural  # steps between fetches of the ledger from the device
-    input_wait_warning: NotNegative  # share of the time without input above which a warning says so
-    tensorboard: bool
-    wandb: bool  # also to Weights & Biases
-    mlflow: bool  # also to MLflow
-    plot: bool
+    every: Natural = 50  # steps between fetches of the ledger from the device
+    input_wait_warning: NotNegative = 0.2  # share of the time without input that causes a warning
+    tensorboard: bool = True
+    wandb: bool = False  # also to Weights & Biases
+    mlflow: bool = False  # also to MLflow
+    plot: bool = True
+
+
+def _default_objectives() -> dict[str, Objective]:
+    """The three similarities of the paper, one objective each."""
+    return {
+        "pair": Objective(
+            "multi_similarity", embedding_share=0.8, mining="either", mining_params={"margin": 0.4}
+        ),
+        "proxy": Objective("proxy_anchor", weight=0.03, embedding_share=0.2, proxy_share=0.9),
+        "separation": Objective("nearest_proxy", weight=0.3, proxy_share=0.1),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    seed: int
-    duration: str
-    data: DataConfig
-    model: ModelConfig
-    objectives: Mapping[str, ObjectiveConfig]
-    losses: Mapping[str, Mapping[str, float | int | str]]  # hyperparameters of each loss
-    centers: Count  # proxies per class
-    row_block: Natural  # rows of similarities held at once; 0 for all
-    memory: MemoryConfig
-    combination: CombinationConfig
-    optimizer: OptimizerConfig
-    evaluation: EvaluationConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
+    seed: int = 0
+    duration: str = "60 epochs"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objectives: Mapping[str, Objective] = dataclasses.field(default_factory=_default_objectives)
+    centers: Count = 1  # proxies per class
+    row_block: Natural = 0  # rows of similarities held at once; 0 for all
+    memory: MemoryConfig = MemoryConfig()
+    combination: CombinationConfig = CombinationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def default_config(recipe: str | None = None) -> Any:
+    """The complete config as an ``ml_collections.ConfigDict``, to be changed and trained.
+
+    >>> config = default_config()
+    >>> config.objectives.pair.loss
+    'multi_similarity'
+    >>> del config.objectives.separation  # an objective is one row
+
+    Args:
+      recipe: a file of ``configs/`` by its name, such as ``quickstart``; the defaults if None.
+
+    Raises:
+      UserError: if there is no such recipe.
+    """
+    from ml_collections import ConfigDict
+
+    if recipe is None:
+        return ConfigDict(dataclasses.asdict(Config()))
+    return ConfigDict(read_config_file(recipe))
+
+
+def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a file or a recipe, with overrides.
+
+    Args:
+      path_or_name: a Python file with ``get_config()``, or the name of a recipe of ``configs/``.
+      overrides: each ``a.b=value``; the value is a Python literal, or text.
+
+    Raises:
+      UserError: if the file cannot be used, or a key is unknown or ill-typed.
+    """
+    mapping = read_config_file(path_or_name)
+    for override in overrides:
+        _override(mapping, override)
+    return from_mapping(mapping)
+
+
+def config_name(path_or_name: str) -> str:
+    """The name of a config file or recipe, without folder and ending."""
+    return Path(path_or_name).stem
+
+
+def read_config_file(path_or_name: str) -> dict[str, Any]:
+    """What ``get_config()`` of a file or a recipe returns, as a nested dict.
+
+    Raises:
+      UserError: if there is no such file or recipe, or it raises.
+    """
+    path = _config_path(path_or_name)
+    try:
+        program = runpy.run_path(str(path))
+        if "get_config" not in program:
+            raise UserError(f"--config={path_or_name}: {path} defines no get_config()")
+        config = program["get_config"]()
+    except UserError:
+        raise
+    except Exception as error:  # a config file is a program and may raise anything
+        raise UserError(f"--config={path_or_name}: {_raised_at(error, path)}") from error
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise UserError(
+            f"--config={path_or_name}: get_config() must return the config, returned {config!r}"
+        )
+    return copy.deepcopy(dict(config))
+
+
+def _config_path(path_or_name: str) -> Path:
+    """The file of a path, or of a recipe that is installed with the package or lies beside it."""
+    if path_or_name.endswith(".py") or os.sep in path_or_name:
+        path = Path(path_or_name)
+        if not path.is_file():
+            raise UserError(f"--config={path_or_name}: there is no such file")
+        return path
+    package = Path(__file__).parent
+    folder = next(p for p in (package / "configs", package.parent / "configs") if p.is_dir())
+    recipes = {path.stem: path for path in folder.glob("[!_]*.py")}
+    if path_or_name not in recipes:
+        raise UserError(
+            f"--config={path_or_name} is no recipe ({nearest(path_or_name, recipes)}); a file of "
+            "your own ends in .py"
+        )
+    return recipes[path_or_name]
+
+
+def _raised_at(error: Exception, path: Path) -> str:
+    """Where a config file raised an error, and the error."""
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == str(path)
+    ]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno or 0)
+    where = f"{path}, line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {one_line(error)}"
+
+
+def _override(mapping: dict[str, Any], text: str) -> None:
+    """Set ``a.b=value`` in a nested dict; the schema checks key and type afterwards."""
+    path, separator, value = text.partition("=")
+    *groups, name = path.split(".")
+    if not separator or not all((*groups, name)):
+        raise UserError(f"--config.{text} must have the form --config.KEY=VALUE")
+    for depth, group in enumerate(groups, 1):
+        mapping = mapping.setdefault(group, {})
+        if not isinstance(mapping, dict):
+            inner = ".".join(groups[:depth])
+            raise UserError(f"--config.{path} is unknown: --config.{inner} is a value, not a group")
+    mapping[name] = value if isinstance(mapping.get(name), str) else _literal(value)
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Config:
@@ -213,6 +369,11 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
       UserError: on an unknown, missing or ill-typed key, with its full path.
     """
     config: Config = _fill(Config, mapping, "config")
+    for name in config.objectives:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(
+                f"--config.objectives.{name}: a name has letters, digits, _ and -, found {name!r}"
+            )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"--config.seed must be from 0 to 2**32 - 1, found {config.seed}")
     return config
@@ -227,18 +388,6 @@ def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits that change whenever a value of the config does."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
-    """One line ``config.a.b: old -> new`` per leaf in which two nested dicts differ."""
-    lines = []
-    for key in sorted({*old, *new}):
-        a, b, where = old.get(key), new.get(key), f"{path}.{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, where)
-        elif a != b:
-            lines.append(f"{where}: {a!r} -> {b!r}")
-    return lines
 
 
 class RunSize(NamedTuple):
@@ -278,13 +427,6 @@ def steps(duration: str, size: RunSize, *, key: str) -> int:
     return round(number)
 
 
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or the list of names where none is near."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(names))
-
-
 def choose(table: Mapping[str, Any], name: str, *, key: str) -> Any:
     """``table[name]``, or an error that names the config key and the nearest name."""
     if name not in table:
@@ -300,10 +442,10 @@ def _fill(cls: type, mapping: Any, path: str) -> Any:
     for name in given:
         if name not in hints:
             raise UserError(f"--{path}.{name} is unknown; {nearest(name, hints)}")
-    missing = [name for name in hints if name not in given]
-    if missing:
-        raise UserError(f"--{path} lacks {', '.join(missing)}; configs/common.py states them all")
-    return cls(**{name: _coerce(hints[name], given[name], f"{path}.{name}") for name in hints})
+    fields = dataclasses.fields(cls) if cls is not Objective else dataclasses.fields(cls)[:1]
+    if missing := [field.name for field in fields if field.name not in given]:
+        raise UserError(f"--{path} lacks {', '.join(missing)}; start from mmljax.default_config()")
+    return cls(**{name: _coerce(hints[name], given[name], f"{path}.{name}") for name in given})
 
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:
@@ -343,6 +485,8 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     raise TypeError(f"{value!r} has no JSON form")

@@ -17,6 +17,10 @@ class Preempted(Exception):
 
     EXIT_CODE = 75  # EX_TEMPFAIL: try again later
 
+    def __init__(self, message: str, *, exit_code: int = EXIT_CODE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # 130 after SIGINT
+
 
 def require(module: str, *, extra: str, purpose: str) -> None:
     """Check that an optional package is installed, before any work is done.

@@ -1,10 +1,10 @@
-"""The words every other module speaks: dimension letters, arrays' names, protocols. No logic.
+"""Array containers and protocols that every other module uses; no logic.
 
 Dimension letters, used in every public signature:
 
 ======  =====================================================================
 ``b``   anchors: the rows of a batch that this device owns
-``r``   references: the columns that the anchors look at (global batch, memory)
+``r``   references: the columns that the anchors are compared with (global batch, memory)
 ``c``   proxies that this device owns; ``p`` all proxies
 ``n``   rows of any similarity block, ``m`` its columns
 ``d``   embedding size
@@ -16,6 +16,7 @@ Dimension letters, used in every public signature:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -25,17 +26,21 @@ Params = Any
 
 
 class Batch(NamedTuple):
-    """Images with their labels; what a pipeline yields and a step takes."""
+    """Images with their labels, as a pipeline yields them and a step takes them.
+
+    Rows that are not valid are padding. No objective and no score counts them; BatchNorm does, so a
+    training batch should have none (the samplers never pad one).
+    """
 
     images: Array  # [b height width channels] uint8
     labels: Int[Array, " b"]
-    valid: Bool[Array, " b"]  # False on the padding of the last evaluation batch
+    valid: Bool[Array, " b"]
 
 
 class PairMasks(NamedTuple):
     """Which columns of a similarity block are positives and negatives of each row.
 
-    A column in neither mask (the anchor itself, padding, an unmined pair) plays no part.
+    A column in neither mask (the anchor itself, padding, a pair that mining dropped) has no effect.
     """
 
     positive: Bool[Array, "n m"]
@@ -51,9 +56,10 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Train, query and gallery; train classes are 0 .. classes - 1, test classes others' own.
+    """Train, query and gallery splits.
 
-    Query and gallery share one numbering of labels. ``gallery`` is None for self-retrieval.
+    Training classes are 0 .. classes - 1. Query and gallery share another numbering of their
+    labels. ``gallery`` is None for self-retrieval.
     """
 
     train: Split
@@ -67,12 +73,12 @@ class Points(NamedTuple):
 
     vectors: Float[Array, "n d"]  # unit length
     labels: Int[Array, " n"]
-    positions: Int[Array, " n"]  # global; a row and a column of one kind and position are one
-    valid: Bool[Array, " n"]  # False for padding and empty memory
+    positions: Int[Array, " n"]  # global; a row and a column of equal kind and position are one
+    valid: Bool[Array, " n"]  # False for padding and for empty memory slots
 
 
 class Views(NamedTuple):
-    """What a miner looks at: two similarities of anchors and candidates, and a key."""
+    """The input of a miner: two similarities of anchors and candidates, and a key per anchor."""
 
     sample: Float[Array, "b r"]  # anchor and candidate
     proxy: Float[Array, "b r"]  # the anchor's class proxy and candidate
@@ -91,56 +97,65 @@ class Values(NamedTuple):
 
 
 class Loss(Protocol):
-    """An objective on a block of similarities. Pure; knows nothing of devices or batches."""
+    """A loss on a block of similarities, its hyperparameters bound. Pure."""
 
-    def __call__(
-        self, similarity: Float[Array, "n m"], masks: PairMasks, **hyperparameters: Any
-    ) -> Values:
+    def __call__(self, similarity: Float[Array, "n m"], masks: PairMasks, /) -> Values:
         """Values per row, and which rows enter their mean."""
 
 
 class Miner(Protocol):
-    """Masks in, smaller masks out; the views are stopped from carrying a gradient."""
+    """A rule that selects pairs, its hyperparameters bound. Masks carry no gradient."""
 
-    def __call__(self, views: Views, masks: PairMasks, *, margin: float, blend: float) -> PairMasks:
-        """The pairs that are kept."""
+    def __call__(self, views: Views, masks: PairMasks, /) -> PairMasks:
+        """The pairs that are kept: subsets of the given masks."""
 
 
-class Objective(NamedTuple):
-    """An objective as a run uses it: hyperparameters bound, ready to be called."""
+class BoundObjective(NamedTuple):
+    """An objective with its loss and miner bound to their hyperparameters."""
 
     name: str
-    relation: str  # a key of relations.RELATIONS
-    loss: Any  # (similarity, masks) -> Values
-    miner: Any  # (views, masks) -> PairMasks, or None to keep every pair
-    memory: bool  # whether the cross-batch memory joins its columns
-    sampled_proxies: int = 0  # how many proxies are drawn as its columns at a step; 0: all are
+    relation: str  # a key of losses.relations.RELATIONS
+    loss: Loss
+    miner: Miner | None = None  # None keeps every pair
+    memory: bool = False  # whether the cross-batch memory joins its columns
+    sampled_proxies: int = 0  # how many proxies are drawn as its columns at a step; 0: all
 
 
 class Combination(NamedTuple):
-    """How the losses are weighted: a pair of pure functions in the manner of optax.
+    """How the losses are weighted: a pair of pure functions, as in optax.
 
     ``init(objectives) -> (params, state)`` with the number of objectives;
     ``apply(params, state, losses, gradient_norms) -> (weights, params_gradient, state)`` with
-    ``losses [o]``, ``gradient_norms [2 o]`` (row 0 at the embeddings, row 1 at the proxies),
+    ``losses [o]``, ``gradient_norms [2 o]`` (row 0 at the embeddings, row 1 at the proxies) and
     ``weights [o]``. ``params_gradient`` goes to the optimiser of the contribution weights;
-    ``state`` is what no optimiser trains (first losses, a random key).
+    ``state`` is what no optimiser trains (first losses, a counter).
     """
 
-    init: Any
-    apply: Any
+    init: Callable[[int], tuple[Params, Params]]
+    apply: Callable[[Params, Params, Array, Array], tuple[Array, Params, Params]]
+
+
+class ObjectiveState(NamedTuple):
+    """What a :class:`mmljax.MultiObjective` carries from step to step and no optimiser trains."""
+
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+    combination: Params
+    memory: dict[str, Array]  # vectors [m d], labels [m], next []; empty without memory
 
 
 class TrainState(NamedTuple):
-    """Everything that a run needs to go on: what a checkpoint holds.
+    """Everything that a run needs to resume: the content of a checkpoint.
 
     ``params`` has the keys ``network``, ``proxies`` (``[p d]``, sharded by rows) and ``weights``.
     """
 
-    step: Int[Array, ""]
     params: dict[str, Params]
     model_state: Params  # BatchNorm statistics
-    combination_state: Params
+    objective: ObjectiveState
     optimizer_state: Params
-    memory: Params  # cross-batch memory, or ()
-    key: PRNGKeyArray
+
+    @property
+    def step(self) -> Int[Array, ""]:
+        """Updates so far."""
+        return self.objective.step

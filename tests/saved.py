@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +12,14 @@ import jax
 import numpy as np
 
 import small_runs
-from mmljax.config import Config, from_mapping, to_dict
+from mmljax.config import Config, load_config, to_dict
 from mmljax.data import load
 from mmljax.inference.embedder import TrainedEmbedder, load_embedder
 from mmljax.mesh import make_mesh
 from mmljax.retrieval.evaluate import embed_batches, make_embed
-from mmljax.training import registry
 from mmljax.training.checkpoints import Checkpoints
-from mmljax.training.trainer import assemble
+from mmljax.training.state import shardings
+from mmljax.training.trainer import make_trainer
 from mmljax.types import Split, TrainState
 
 STEPS = (3, 5)
@@ -46,10 +45,10 @@ def write_run(folder: Path, *, noise: float = 0.3, **changes: Any) -> SavedRun:
     if "data__directory" not in changes:
         small_runs.write_images(images)
     path = small_runs.write_config(folder / "small.py", images, **changes)
-    config = from_mapping(runpy.run_path(str(path))["get_config"]())
+    config = load_config(str(path))
     mesh = make_mesh()
     dataset = load.load_dataset(config)
-    trainer = assemble(
+    trainer = make_trainer(
         config,
         classes=dataset.classes,
         channels=load.image_channels(dataset),
@@ -62,11 +61,11 @@ def write_run(folder: Path, *, noise: float = 0.3, **changes: Any) -> SavedRun:
         noised = partial(_noised, noise=noise, seed=step)
         network = jax.tree.map(noised, trainer.state.params["network"])
         state = trainer.state._replace(
-            step=np.int32(step),
+            objective=trainer.state.objective._replace(step=np.int32(step)),
             params=trainer.state.params | {"network": network},
             model_state=jax.tree.map(noised, trainer.state.model_state),
         )
-        state = jax.device_put(state, registry.state_shardings(state, mesh))
+        state = jax.device_put(state, shardings(state, trainer.objective, mesh))
         saved.save(state, step=step, metrics=None)
         states[step] = state
     saved.close()

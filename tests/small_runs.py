@@ -35,13 +35,11 @@ def write_images(path: Path, *, train_items: int = 12, test_items: int = 8) -> P
 
 
 def write_config(path: Path, images: Path, **changes: Any) -> Path:
-    """A config file over ``configs/common.py``; changes are dotted keys with ``__`` for the dot."""
+    """A config file over the defaults; changes are dotted keys with ``__`` for the dot."""
     lines = [
-        "import sys",
-        f"sys.path.insert(0, {str(ROOT)!r})",
-        "from configs import common",
+        "import mmljax",
         "def get_config():",
-        "    config = common.get_config()",
+        "    config = mmljax.default_config()",
     ]
     settings = {
         "duration": "20 steps",

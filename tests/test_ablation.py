@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, ablation_table
-from mmljax.training import registry
 
 
 def record(row: str, seed: int, recall: float, *, tuning: bool, setting: dict | None = None):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +9,27 @@ import pytest
 
 from mmljax import config as config_lib
 from mmljax.errors import UserError
+from mmljax.text import differences
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
-def load(name: str) -> Any:
-    """The ConfigDict of a file in configs/."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / f"configs/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_fills_the_schema(name: str) -> None:
-    config = config_lib.from_mapping(load(name))
+    config = config_lib.load_config(name)
     assert config_lib.from_mapping(config_lib.to_dict(config)) == config
 
 
 def test_unknown_key_names_the_nearest() -> None:
-    mapping = load("common").to_dict()
+    mapping = config_lib.default_config().to_dict()
     mapping["optimizer"]["shedule"] = "cosine"
     with pytest.raises(UserError, match=r"--config.optimizer.shedule .*'schedule'"):
         config_lib.from_mapping(mapping)
 
 
 def test_missing_key_is_named() -> None:
-    mapping = load("common").to_dict()
+    mapping = config_lib.default_config().to_dict()
     del mapping["data"]["flip"]
     with pytest.raises(UserError, match=r"--config.data lacks flip"):
         config_lib.from_mapping(mapping)
@@ -63,14 +52,21 @@ def test_missing_key_is_named() -> None:
         ("data.test_share", 1.5, r"test_share must be at least 0 and at most 1, found 1.5"),
         ("optimizer.epsilon", 0, r"epsilon must be above 0, found 0"),
         ("optimizer.clip_norm", float("nan"), r"clip_norm must be finite, found nan"),
-        ("losses.circle.gamma", float("inf"), r"losses.circle.gamma must be finite, found inf"),
+        (
+            "objectives.pair.params",
+            {"alpha": float("inf")},
+            r"pair.params.alpha must be finite, found",
+        ),
         ("optimizer", 3, r"--config.optimizer must be a group of keys"),
         ("objectives.pair.loss", 3, r"--config.objectives.pair.loss must be of type str"),
-        ("combination.weights", 3, r"--config.combination.weights must be a group"),
+        ("combination.params", 3, r"--config.combination.params must be a group"),
+        ("objectives", {"a b": {"loss": "circle"}}, r"a name has letters, digits, _ and -"),
+        ("objectives", {"a": {}}, r"--config.objectives.a lacks loss"),
+        ("objectives.pair.weight", -1.0, r"pair.weight must be at least 0, found -1"),
     ],
 )
 def test_ill_typed_value_is_named(path: str, value: Any, message: str) -> None:
-    mapping = load("common").to_dict()
+    mapping = config_lib.default_config().to_dict()
     group = mapping
     *parents, last = path.split(".")
     for name in parents:
@@ -81,7 +77,7 @@ def test_ill_typed_value_is_named(path: str, value: Any, message: str) -> None:
 
 
 def test_integers_do_as_floats_and_lists_as_tuples() -> None:
-    mapping = load("common").to_dict()
+    mapping = config_lib.default_config().to_dict()
     mapping["optimizer"]["b1"] = 0
     mapping["data"]["crop_scale"] = [1, 1]
     config = config_lib.from_mapping(mapping)
@@ -110,11 +106,71 @@ def test_percentage_needs_a_total() -> None:
 
 
 def test_fingerprint_follows_every_value() -> None:
-    mapping = load("common").to_dict()
+    mapping = config_lib.default_config().to_dict()
     before = config_lib.from_mapping(mapping)
-    mapping["losses"]["proxy_anchor"]["alpha"] = 33.0
+    mapping["objectives"]["proxy"]["params"]["alpha"] = 33.0
     after = config_lib.from_mapping(mapping)
     assert config_lib.fingerprint(before) != config_lib.fingerprint(after)
-    assert config_lib.differences(config_lib.to_dict(before), config_lib.to_dict(after)) == [
-        "config.losses.proxy_anchor.alpha: 32.0 -> 33.0"
+    assert differences(config_lib.to_dict(before), config_lib.to_dict(after), prefix="config") == [
+        "config.objectives.proxy.params.alpha: None -> 33.0"
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("duration=7 steps", "duration", "7 steps"),
+        ("model.pretrained=12", "model.pretrained", "12"),
+        ("data.flip=false", "data.flip", False),
+        ("data.crop_scale=(0.5, 1)", "data.crop_scale", (0.5, 1.0)),
+        ("evaluation.recall_at=1,2", "evaluation.recall_at", (1, 2)),
+        ("optimizer.head.learning_rate=3e-4", "optimizer.head.learning_rate", 3e-4),
+        ("objectives.pair.params.alpha=3", "objectives.pair.params", {"alpha": 3}),
+        ("objectives.pair.mining_params={}", "objectives.pair.mining_params", {}),
+        ("objectives.extra.loss=circle", "objectives.extra.loss", "circle"),
+    ],
+)
+def test_overrides(override: str, path: str, value: Any) -> None:
+    config: Any = config_lib.load_config("quickstart", [override])
+    for name in path.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    assert config == value
+    assert type(config) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batchsize=3", r"--config.data.batchsize is unknown.*'batch_size'"),
+        ("data.batch_size=many", r"--config.data.batch_size must be of type int, found 'many'"),
+        ("data.batch_size", r"must have the form --config.KEY=VALUE"),
+        ("seed.x=3", r"--config.seed.x is unknown: --config.seed is a value"),
+        ("objectives.extra.weight=3", r"--config.objectives.extra lacks loss"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_lib.load_config("quickstart", [override])
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("def get_config(): pass", r"get_config\(\) must return the config, returned None"),
+        ("x = 1", r"defines no get_config\(\)"),
+        ("\n\nraise KeyError('no')", r"mine.py, line 3: KeyError: 'no'"),
+        ("def get_config(:", r"mine.py, line 1: SyntaxError"),
+    ],
+)
+def test_a_config_file_that_fails_is_named(tmp_path: Path, program: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(program)
+    with pytest.raises(UserError, match=message):
+        config_lib.load_config(str(path))
+
+
+def test_a_recipe_that_is_misspelled_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--config=quikstart is no recipe.*'quickstart'"):
+        config_lib.load_config("quikstart")
+    with pytest.raises(UserError, match=r"--config=nowhere/mine.py: there is no such file"):
+        config_lib.load_config("nowhere/mine.py")

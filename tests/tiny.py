@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmljax.config import GroupConfig, OptimizerConfig, RunSize
-from mmljax.losses import combination, pair, proxy, separation
+from mmljax.config import GroupConfig, Objective, OptimizerConfig, RunSize
+from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS, make_mesh, place
 from mmljax.numerics import l2_normalize
-from mmljax.training import optim, registry
+from mmljax.training import optim
+from mmljax.training.state import make_state
 from mmljax.training.step import make_train_step
-from mmljax.types import Batch, Objective, TrainState
+from mmljax.types import Batch, TrainState
 
 CLASSES, SIZE, PIXELS = 10, 6, 5
 
@@ -64,38 +65,21 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def objectives(*, rule: str = "either", memory: bool = False) -> list[Objective]:
-    """Pair, mined proxy and separation."""
-    miner = registry.MINERS[rule]
-    bound = miner and partial(miner, margin=0.1, blend=0.5)
-    return [
-        Objective(
-            "pair",
-            "sample_to_sample",
-            partial(pair.multi_similarity_loss, alpha=2.0, beta=40.0, base=0.5),
-            bound,
-            memory,
+def objectives(*, rule: str = "either", memory: bool = False) -> dict[str, Objective]:
+    """Pair, mined proxy and separation, with targets for both groups."""
+    mining = {} if rule == "none" else {"mining": rule, "mining_params": {"margin": 0.1}}
+    return {
+        "pair": Objective("multi_similarity", embedding_share=0.7, memory=memory, **mining),
+        "proxy": Objective(
+            "proxy_anchor",
+            weight=0.1,
+            embedding_share=0.3,
+            proxy_share=0.8,
+            memory=memory,
+            **mining,
         ),
-        Objective(
-            "proxy",
-            "proxy_to_sample",
-            partial(proxy.proxy_anchor_loss, alpha=32.0, margin=0.1),
-            bound,
-            memory,
-        ),
-        Objective(
-            "separation",
-            "proxy_to_proxy",
-            partial(separation.nearest_proxy_separation_loss, gamma=32.0, margin=0.1),
-            None,
-            False,
-        ),
-    ]
-
-
-def share() -> Any:
-    """Learned weights with targets for both groups."""
-    return combination.share((1.0, 0.1, 0.01), targets=((0.7, 0.3, 0.0), (0.0, 0.8, 0.2)))
+        "separation": Objective("nearest_proxy", weight=0.01, proxy_share=0.2),
+    }
 
 
 def batch(step: int, *, size: int = 32) -> Batch:
@@ -107,60 +91,45 @@ def batch(step: int, *, size: int = 32) -> Batch:
     return Batch((base[labels] + noise).astype(np.uint8), labels, np.ones(size, bool))
 
 
+def make_objective(rows: Any = None, **options: Any) -> MultiObjective:
+    """The objectives of such a run; options are those of :class:`mmljax.MultiObjective`."""
+    defaults = {"memory_start": 3, "multiple_of": 128}
+    return MultiObjective(
+        objectives() if rows is None else rows,
+        classes=CLASSES,
+        dimension=SIZE,
+        **{**defaults, **options},
+    )
+
+
+def make_optimizer() -> Any:
+    """The optimiser of such a run, over 20 steps."""
+    schedules = optim.make_schedules(OPTIMIZER, RunSize(32, 320, 20))
+    return optim.make_optimizer(OPTIMIZER, schedules)
+
+
 def make(
     devices: int,
     *,
     dtype: Any = jnp.float32,
-    rows: list[Objective] | None = None,
-    combine: Any = None,
-    memory: int = 0,
-    centers: int = 1,
-    surgery: bool = False,
-    row_block: int = 0,
+    rows: Any = None,
     optimizer: Any = None,
+    **options: Any,
 ) -> tuple[Any, TrainState, Any, Any]:
     """``(step, state, place, graphdef)`` on that many virtual devices."""
     mesh = make_mesh(jax.devices()[:devices])
-    rows = objectives() if rows is None else rows
-    combine = share() if combine is None else combine
-    if optimizer is None:
-        schedules = optim.make_schedules(OPTIMIZER, RunSize(32, 320, 20))
-        optimizer = optim.make_optimizer(OPTIMIZER, schedules)
-    graphdef, network, model_state = nnx.split(
+    objective = make_objective(rows, **options)
+    optimizer = make_optimizer() if optimizer is None else optimizer
+    graphdef, network, statistics = nnx.split(
         Network(dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param, ...
     )
-    statistics = jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(model_state))
-    weights, combination_state = combine.init(len(rows))
-    params = {
-        "network": nnx.to_pure_dict(network),
-        "proxies": jax.random.normal(jax.random.key(3), (128, SIZE), dtype),
-        "weights": jax.tree.map(lambda x: x.astype(dtype), weights),
-    }
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        model_state=statistics,
-        combination_state=combination_state,
-        optimizer_state=optimizer.init(params),
-        memory={
-            "vectors": jnp.zeros((memory, SIZE), dtype),
-            "labels": jnp.full((memory,), -1, jnp.int32),
-        }
-        if memory
-        else (),
-        key=jax.random.key(7),
-    )
-    state = jax.device_put(state, registry.state_shardings(state, mesh))
-    step = make_train_step(
-        graphdef=graphdef,
-        objectives=rows,
-        combination=combine,
+    state = make_state(
+        nnx.to_pure_dict(network),
+        jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(statistics)),
+        objective=objective,
         optimizer=optimizer,
+        seed=3,
         mesh=mesh,
-        classes=CLASSES,
-        centers=centers,
-        surgery=surgery,
-        row_block=row_block,
-        memory_start=3,
     )
+    step = make_train_step(graphdef=graphdef, objective=objective, optimizer=optimizer, mesh=mesh)
     return step, state, partial(place, mesh=mesh), graphdef

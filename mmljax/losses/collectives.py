@@ -1,13 +1,15 @@
-"""Rows that a device owns, and the columns it fetches from the others, inside a ``shard_map``.
+"""Rows that a device owns, and columns gathered from all devices.
 
-Samples and proxies are split over the devices by rows. Columns are all of them (:func:`gather`), or
-only some proxies, by number (:func:`fetch_proxies`): what a step holds then does not grow with the
-number of classes on other devices. No derivative is taken through a collective; the functions
-that bring gradients home stand beside those that fetch.
+Samples and proxies are split over a named mesh axis by rows. Columns are all of them
+(:meth:`Axis.gather`) or some proxies by number (:func:`fetch_proxies`), so what a step holds does
+not grow with the number of classes on other devices. No derivative is taken through a collective:
+the functions that return gradients to their owners stand beside those that fetch. Without a named
+axis one device owns every row, and every collective is the identity.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,83 +17,97 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mmljax.mesh import AXIS
 from mmljax.types import Points
 
 
-def own_samples(embeddings: Float[Array, "b d"], labels: Int[Array, " b"]) -> Points:
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The mesh axis over which rows are split; ``name`` is None for a single owner."""
+
+    name: str | None
+
+    def index(self) -> Array | int:
+        """The number of this device along the axis."""
+        return 0 if self.name is None else jax.lax.axis_index(self.name)
+
+    def gather(self, tree: Any) -> Any:
+        """The rows of all devices, in the order of the devices."""
+        if self.name is None:
+            return tree
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.name, tiled=True), tree)
+
+    def sum(self, tree: Any) -> Any:
+        """The sum over all devices, equal on each."""
+        return tree if self.name is None else jax.lax.psum(tree, self.name)
+
+    def scatter_sum(self, x: Float[Array, "m d"]) -> Float[Array, "n d"]:
+        """The sum over all devices of gathered rows, each row at its owner."""
+        return x if self.name is None else jax.lax.psum_scatter(x, self.name, tiled=True)
+
+    def varying(self, x: Array) -> Array:
+        """A value that is equal on all devices, typed as one that may differ."""
+        return x if self.name is None else jax.lax.pcast(x, self.name, to="varying")
+
+
+def own_samples(
+    embeddings: Float[Array, "b d"], labels: Int[Array, " b"], valid: Bool[Array, " b"], axis: Axis
+) -> Points:
     """This device's part of the batch."""
     count = labels.shape[0]
-    positions = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
-    return Points(embeddings, labels, positions, jnp.full_like(labels, True, dtype=bool))
+    return Points(embeddings, labels, axis.index() * count + jnp.arange(count), valid)
 
 
-def own_proxies(vectors: Float[Array, "c d"], *, classes: int, centers: int) -> Points:
-    """This device's part of the proxies; what is beyond the classes is padding."""
+def own_proxies(vectors: Float[Array, "c d"], axis: Axis, *, classes: int, centers: int) -> Points:
+    """This device's part of the proxies; rows beyond the classes are padding."""
     count = vectors.shape[0]
-    positions = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+    positions = axis.index() * count + jnp.arange(count)
     labels = positions // centers
     return Points(vectors, labels, positions, labels < classes)
 
 
-def gather(tree: Any) -> Any:
-    """All devices' rows, in the order of the devices."""
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
-
-
-def append_memory(columns: Points, memory: dict[str, Array], *, active: Array) -> Points:
-    """The references with those of the cross-batch memory after them."""
-    further = Points(
-        vectors=memory["vectors"],
-        labels=memory["labels"],
-        positions=jnp.full_like(memory["labels"], -1),
-        valid=(memory["labels"] >= 0) & active,
-    )
-    return Points(*(jnp.concatenate(pair) for pair in zip(columns, further, strict=True)))
-
-
 def draw_proxies(key: PRNGKeyArray, *, count: int, of: int) -> Int[Array, " s"]:
-    """Numbers of ``count`` different ones of the first ``of`` proxies, in rising order.
+    """Numbers of ``count`` different proxies of the first ``of``, in rising order.
 
-    One is drawn uniformly from each of ``count`` ranges of equal length (but for one), so each
-    has the chance ``count / of`` (almost), at a cost that does not depend on ``of``.
+    One is drawn uniformly from each of ``count`` ranges of almost equal length, so each proxy has
+    almost the chance ``count / of``, at a cost that does not depend on ``of``.
     """
     bounds = np.arange(count + 1, dtype=np.int64) * of // count
     low, high = (jnp.asarray(x, jnp.int32) for x in (bounds[:-1], bounds[1:]))
     return jax.random.randint(key, (count,), low, high)
 
 
-def fetch_proxies(own: Float[Array, "c d"], positions: Int[Array, " s"]) -> Float[Array, "s d"]:
-    """The proxies of these numbers, alike on all devices; exact, as all other terms are 0."""
-    place, held = _place(own, positions)
-    return jax.lax.psum(jnp.where(held[:, None], own[place], 0), AXIS)
+def fetch_proxies(
+    own: Float[Array, "c d"], positions: Int[Array, " s"], axis: Axis
+) -> Float[Array, "s d"]:
+    """The proxies with these numbers, equal on all devices; exact, as all other terms are 0."""
+    place, held = _place(own, positions, axis)
+    return axis.sum(jnp.where(held[:, None], own[place], 0))
 
 
 def return_gradient(
-    gradient: Float[Array, "s d"], positions: Int[Array, " s"], own: Float[Array, "c d"]
+    gradient: Float[Array, "s d"], positions: Int[Array, " s"], own: Float[Array, "c d"], axis: Axis
 ) -> Float[Array, "c d"]:
-    """What all devices found for fetched proxies, added up, at the rows that this one owns."""
-    place, held = _place(own, positions)
-    total = jnp.where(held[:, None], jax.lax.psum(gradient, AXIS), 0)
+    """The sum over all devices of the gradients at fetched proxies, at the rows owned here."""
+    place, held = _place(own, positions, axis)
+    total = jnp.where(held[:, None], axis.sum(gradient), 0)
     return jnp.zeros_like(own).at[place].add(total)
 
 
 def class_proxies(
-    own: Float[Array, "c d"], labels: Int[Array, " b"], *, centers: int
+    own: Float[Array, "c d"], labels: Int[Array, " b"], axis: Axis, *, centers: int
 ) -> Float[Array, "b k d"]:
     """All proxies of the class of each of this device's samples."""
-    every = gather(labels)
+    every = axis.gather(labels)
     positions = (every[:, None] * centers + jnp.arange(centers)[None, :]).reshape(-1)
-    place, held = _place(own, positions)
-    found = jnp.where(held[:, None], own[place], 0)
-    mine = jax.lax.psum_scatter(found, AXIS, tiled=True)
+    place, held = _place(own, positions, axis)
+    mine = axis.scatter_sum(jnp.where(held[:, None], own[place], 0))
     return mine.reshape(labels.shape[0], centers, -1)
 
 
 def _place(
-    own: Float[Array, "c d"], positions: Int[Array, " s"]
+    own: Float[Array, "c d"], positions: Int[Array, " s"], axis: Axis
 ) -> tuple[Int[Array, " s"], Bool[Array, " s"]]:
-    """Where proxies of these numbers lie on this device, and whether they do."""
-    place = positions - jax.lax.axis_index(AXIS) * own.shape[0]
+    """The local row of proxies with these numbers, and whether this device owns them."""
+    place = positions - axis.index() * own.shape[0]
     held = (place >= 0) & (place < own.shape[0])
     return jnp.clip(place, 0, own.shape[0] - 1), held

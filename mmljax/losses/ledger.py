@@ -1,10 +1,10 @@
-"""The ledger: what each objective contributes to a step, as a flat dict of scalars.
+"""The ledger: the contribution of each objective to a step, as a flat dict of scalars.
 
 ``loss`` is the weighted sum. Of each objective: ``loss/``, ``weight/`` and ``weighted/`` (their
 product); ``gradient_embeddings/`` and ``gradient_proxies/``, the norms of its unweighted gradient
 on the unit sphere; ``share_embeddings/`` and ``share_proxies/``, its part of the weighted norms in
-each group; ``kept_positive/`` and ``kept_negative/``, the fractions that mining keeps. Of each two
-objectives: ``conflict/a_b``, the cosine of their gradients at the embeddings.
+each group; ``kept_positive/`` and ``kept_negative/``, the fractions that mining keeps. Of each pair
+of objectives: ``conflict/a_b``, the cosine of their gradients at the embeddings.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 
 from mmljax.losses.combination import contribution_shares
 from mmljax.losses.relations import RELATIONS, SAMPLES, Kept
-from mmljax.types import Objective
+from mmljax.types import BoundObjective
 
 Scalars = dict[str, Float[Array, ""]]
 
 
 def contributions(
-    objectives: Sequence[Objective],
+    objectives: Sequence[BoundObjective],
     loss: Float[Array, " o"],
     weights: Float[Array, " o"],
     norms: Float[Array, "2 o"],
@@ -58,7 +58,7 @@ def contributions(
             scalars[f"kept_negative/{name}"] = pairs.negative / jnp.maximum(pairs.all_negative, 1)
         for j, other in enumerate(objectives[:k]):
             if not all(SAMPLES in RELATIONS[o.relation] for o in (objective, other)):
-                continue  # what only proxies see has no gradient at the embeddings
+                continue  # objectives among proxies have no gradient at the embeddings
             size = norms[0, j] * norms[0, k]
             cosine = jnp.where(size > 0, gram[j, k] / jnp.where(size > 0, size, 1), 0)
             scalars[f"conflict/{other.name}_{name}"] = cosine

@@ -1,8 +1,8 @@
-"""Rows local, columns gathered: every objective as sums over the rows that a device owns.
+"""One objective on one block: masks, mining, loss, sums over rows.
 
-An objective looks from rows to columns; both are samples or proxies. The functions here turn
-points into masks, mine them, apply the loss and sum, for all rows at once or block by block so
-that memory grows with the block rather than with the batch.
+An objective looks from rows to columns; both are samples or proxies. The functions here turn points
+into masks, mine them, apply the loss and sum over the rows, for all rows at once or block by block
+so that memory grows with the block and not with the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mmljax.losses.mining import pair_masks, proxy_masks
 from mmljax.numerics import masked_sum, similarity_matrix
-from mmljax.types import Objective, PairMasks, Points, Values, Views
+from mmljax.types import BoundObjective, PairMasks, Points, Values, Views
 
 SAMPLES, PROXIES = "samples", "proxies"
 
@@ -28,7 +28,7 @@ RELATIONS = {  # relation: (rows, columns)
 
 
 class Context(NamedTuple):
-    """What mining needs besides rows and columns; constants, no gradient flows through them."""
+    """What mining needs besides rows and columns: constants without a gradient."""
 
     partners: Float[Array, "n d"]  # of an anchor: its class's nearest proxy
     keys: PRNGKeyArray  # [n]: one per row
@@ -48,14 +48,14 @@ class Kept(NamedTuple):
 def nearest_class_proxies(
     vectors: Float[Array, "n d"], own: Float[Array, "n k d"]
 ) -> Float[Array, "n d"]:
-    """Of each sample, the proxy that is most similar to it among the ``k`` of its class."""
+    """The proxy most similar to each sample among the ``k`` of its class."""
     similarity = jnp.einsum("nd,nkd->nk", vectors, own, precision="highest")
     best = jnp.argmax(similarity, axis=1)
     return jnp.take_along_axis(own, best[:, None, None], axis=1)[:, 0]
 
 
 def mined_masks(
-    objective: Objective,
+    objective: BoundObjective,
     similarity: Float[Array, "n m"],
     rows: Points,
     columns: Points,
@@ -79,7 +79,7 @@ def mined_masks(
 
 
 def objective_sums(
-    objective: Objective, rows: Points, columns: Points, context: Context, *, row_block: int
+    objective: BoundObjective, rows: Points, columns: Points, context: Context, *, row_block: int
 ) -> tuple[Float[Array, " terms"], tuple[Float[Array, " terms"], Kept]]:
     """Sums of an objective's terms over its rows, with the counts that they are divided by.
 
@@ -114,7 +114,7 @@ def objective_sums(
             return jnp.concatenate([x, x[: padding[0][1]]]).reshape(blocks, row_block)
         return jnp.pad(x, padding).reshape(blocks, row_block, *x.shape[1:])
 
-    # Of the context, what belongs to anchors is split with them; proxies as rows have no such part.
+    # The context of anchors is split with them; proxies as rows have no such context.
     anchors = RELATIONS[objective.relation][0] == SAMPLES
     split_context = (context.partners, context.keys) if anchors else None
     row_blocks = jax.tree.map(split, (rows, split_context))
@@ -124,7 +124,7 @@ def objective_sums(
         block_rows, own = xs
         return block(block_rows, context._replace(partners=own[0], keys=own[1]) if own else context)
 
-    # Padding rows are not valid (False), so they add to no sum and no count.
+    # Padding rows are not valid, so they add to no sum and no count.
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(one, row_blocks))
 
 

@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmljax.config import Config, differences, to_dict
+from mmljax.config import Config, to_dict
 from mmljax.errors import UserError
 from mmljax.mesh import agree, is_main_process
 from mmljax.runs import writer
+from mmljax.text import differences
 
 LOCK = "running.lock"
 
@@ -83,7 +84,7 @@ def _check_config(workdir: Path, config: Config) -> None:
         writer.write_atomically(path, json.dumps(before, indent=2))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
-    if changed := differences(before, now):
+    if changed := differences(before, now, prefix="config"):
         raise UserError(
             f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
             "choose another --workdir"

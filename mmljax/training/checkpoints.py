@@ -1,4 +1,4 @@
-"""Thin wrapper of orbax: asynchronous saves, the last N and the best kept, whole or not at all."""
+"""Checkpoints through orbax: asynchronous, atomic; the last N and the best are kept."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 
 from mmljax.errors import UserError
 from mmljax.mesh import agree, is_main_process
+from mmljax.text import one_line
 from mmljax.types import TrainState
 
-BEST_BY = "recall@1"
 _ITEM = "default"  # the folder in which orbax keeps the arrays
 TORN = "torn"  # folder of checkpoints that could not be read
 
@@ -31,15 +31,26 @@ class Checkpoints:
 
     A checkpoint holds the train state: parameters, optimiser state, BatchNorm statistics,
     contribution weights, cross-batch memory, random key and the step, which is also the position
-    in the data. It is written aside and renamed when whole, so a run killed while saving goes on
-    from the one before. One that cannot be read all the same (a disk that lies) is reported and
-    moved into ``torn`` beside the others, and the one before it is taken.
+    in the data. It is written to a temporary folder and renamed when whole, so a run that is killed
+    while saving resumes from the one before. One that cannot be read all the same is reported and
+    moved into ``torn`` beside the others, and the one before it is used.
 
     Raises:
       UserError: if there are checkpoints and none can be read.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int, keep_best: int) -> None:
+    def __init__(
+        self, directory: Path, *, keep_last: int, keep_best: int, best_by: str = "recall@1"
+    ) -> None:
+        """Open a folder of checkpoints, which may be empty or missing.
+
+        Args:
+          directory: of the checkpoints.
+          keep_last: how many of the latest are kept.
+          keep_best: how many of the best are kept.
+          best_by: the score that ranks them.
+        """
+        self._best_by = best_by
         problem: UserError | None = None
         if is_main_process():
             try:
@@ -56,13 +67,13 @@ class Checkpoints:
                     [
                         policies.LatestN(keep_last),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: metrics[BEST_BY],
+                            get_metric_fn=lambda metrics: metrics[best_by],
                             n=keep_best,
                             keep_checkpoints_without_metrics=False,
                         ),
                     ]
                 ),
-                best_fn=lambda metrics: metrics[BEST_BY],
+                best_fn=lambda metrics: metrics[best_by],
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
             ),
@@ -78,7 +89,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(_without_empty(state)),
-                metrics=None if metrics is None else {BEST_BY: float(metrics[BEST_BY])},
+                metrics=None if metrics is None else {self._best_by: float(metrics[self._best_by])},
                 force=True,
             )
 
@@ -123,7 +134,7 @@ class Checkpoints:
             whole = steps_in(self.directory)
             last = f"the last whole one is of step {whole[-1]}" if whole else "there is none yet"
             raise UserError(
-                f"a checkpoint could not be written into {self.directory} ({_one_line(error)}); "
+                f"a checkpoint could not be written into {self.directory} ({one_line(error)}); "
                 f"{last}: make room, then run the same command again"
             ) from error
 
@@ -131,10 +142,6 @@ class Checkpoints:
     def directory(self) -> Path:
         """Where the steps' folders are."""
         return Path(self._manager.directory)
-
-    def best_step(self) -> int | None:
-        """The step of the best checkpoint by Recall@1, None before the first evaluation."""
-        return self._manager.best_step()
 
     def close(self) -> None:
         """Wait for saves under way.
@@ -221,13 +228,13 @@ class PartialCheckpoint:
             raise
         except Exception as error:  # damaged arrays make orbax raise almost anything
             raise UserError(
-                f"checkpoint {self._path} cannot be read ({_one_line(error)}); name another --step "
+                f"checkpoint {self._path} cannot be read ({one_line(error)}); name another --step "
                 "of this run"
             ) from error
 
 
 def _set_aside_torn(directory: Path) -> None:
-    """Move what cannot be read into ``torn``, until a whole one is found."""
+    """Move checkpoints that cannot be read into ``torn``, until a whole one is found."""
     problems = []
     whole = False
     for step in reversed(steps_in(directory)):
@@ -236,13 +243,13 @@ def _set_aside_torn(directory: Path) -> None:
             whole = True
             continue
         problems.append(f"step {step}: {problem}")
-        _log.warning("checkpoint of step %d is torn and passed over (%s)", step, problem)
+        _log.warning("checkpoint of step %d cannot be read and is skipped (%s)", step, problem)
         (directory / TORN).mkdir(exist_ok=True)
         (directory / str(step)).rename(directory / TORN / f"{step}-{time.time_ns()}")
     if problems and not whole:
         raise UserError(
             f"no checkpoint of {directory} can be read ({'; '.join(problems)}); they are in "
-            f"{directory / TORN}: bring them back from a copy, or start anew with another --workdir"
+            f"{directory / TORN}: restore them from a copy, or start again with another --workdir"
         )
 
 
@@ -255,14 +262,10 @@ def _problem_of(directory: Path, step: int, *, arrays: bool) -> str:
         if arrays:
             PartialCheckpoint(directory, step=step).check()
     except UserError as error:
-        return _one_line(error.__cause__ or error)
+        return one_line(error.__cause__ or error)
     except (OSError, ValueError) as error:
-        return f"its scores: {_one_line(error)}"
+        return f"its scores: {one_line(error)}"
     return ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _keys(state: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What can be told of a run before it begins: each check is a function that returns a finding."""
+"""Checks before a run: each is a function that returns a finding with its cure."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from mmljax.data.tensorflow_devices import visible_accelerators
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
 from mmljax.runs import writer
-from mmljax.training import registry
-from mmljax.training.trainer import Trainer, assemble
+from mmljax.text import one_line, size_text
+from mmljax.training.state import PROXY_MULTIPLE
+from mmljax.training.trainer import Trainer, make_trainer
 from mmljax.types import Dataset, TrainState
 
 _ACCELERATORS = {  # the file of a device's driver: what it is, and our extra that uses it
@@ -34,7 +35,7 @@ _ACCELERATORS = {  # the file of a device's driver: what it is, and our extra th
 
 
 class Finding(NamedTuple):
-    """What a check found; of what is wrong, the cure too."""
+    """The result of a check; a failure states its cure."""
 
     verdict: Literal["ok", "warn", "FAIL", "skip"]
     name: str
@@ -42,7 +43,7 @@ class Finding(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether a run would not go."""
+        """Whether a run would not start."""
         return self.verdict == "FAIL"
 
 
@@ -88,14 +89,14 @@ def check_devices() -> Finding:
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        text = f"JAX finds no device ({_one_line(error)}): check the driver, or set JAX_PLATFORMS"
+        text = f"JAX finds no device ({one_line(error)}): check the driver, or set JAX_PLATFORMS"
         return Finding("FAIL", "devices", text)
     first = devices[0]
     memory = (first.memory_stats() or {}).get("bytes_limit")
-    size = f", {_size(memory)} each" if memory else ""
+    size = f", {size_text(memory)} each" if memory else ""
     text = f"{len(devices)} x {first.device_kind}{size}"
-    if registry.PROXY_MULTIPLE % len(devices):
-        cure = f"use a power of two of them, up to {registry.PROXY_MULTIPLE}"
+    if PROXY_MULTIPLE % len(devices):
+        cure = f"use a power of two of them, up to {PROXY_MULTIPLE}"
         return Finding("FAIL", "devices", f"{text}: proxies do not divide over these: {cure}")
     for file, (what, extra) in _ACCELERATORS.items():
         if first.platform == "cpu" and os.path.exists(file):
@@ -149,7 +150,7 @@ def check_disk(workdir: Path, state: TrainState, *, kept: CheckpointConfig) -> F
     place = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     needed = checkpoint_bytes(state) * (kept.keep_last + kept.keep_best + 1)
-    text = f"{_size(free)} free at {place}, checkpoints take up to {_size(needed)}"
+    text = f"{size_text(free)} free at {place}, checkpoints take up to {size_text(needed)}"
     if free < needed:
         cure = "make room, lower --config.checkpoint.keep_last, or choose another --workdir"
         return Finding("FAIL", "disk", f"{text}: {cure}")
@@ -178,7 +179,7 @@ def check_data(config: Config) -> tuple[Finding, Dataset | None]:
 def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | None]:
     """That the config's parts fit together and its weights can be read; then it is ready to go."""
     try:
-        trainer = assemble(
+        trainer = make_trainer(
             config,
             classes=dataset.classes,
             channels=load.image_channels(dataset),
@@ -188,9 +189,9 @@ def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | N
     except UserError as error:
         return Finding("FAIL", "config", str(error)), None
     except jax.errors.JaxRuntimeError as error:
-        return Finding("FAIL", "config", f"the state has no room ({_one_line(error)})"), None
+        return Finding("FAIL", "config", f"the state has no room ({one_line(error)})"), None
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params["network"]))
-    size = _size(checkpoint_bytes(trainer.state))
+    size = size_text(checkpoint_bytes(trainer.state))
     text = f"{parameters / 1e6:.2f} M parameters in the network, {size} of state"
     return Finding("ok", "config", text), trainer
 
@@ -219,7 +220,7 @@ def check_speed(
         return Finding("FAIL", name, str(error))
     except jax.errors.JaxRuntimeError as error:
         cure = "lower --config.data.batch_size, or set --config.model.compute_dtype=bfloat16"
-        return Finding("FAIL", name, f"a step cannot run ({_one_line(error)}): {cure}")
+        return Finding("FAIL", name, f"a step cannot run ({one_line(error)}): {cure}")
     source = f"in {workdir / writer.METRICS}" if logged else "measured"
     text = f"{made:.0f} images/s made, {taken:.0f} images/s taken ({source})"
     if made < taken:
@@ -281,11 +282,3 @@ def _count(items: Iterable[Any], *, seconds: float) -> tuple[int, float]:
         if took >= seconds:
             break
     return count, took
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,23 +1,25 @@
-"""A whole run: build, restore, loop, final evaluation. Reads from top to bottom."""
+"""A whole run from top to bottom: build, restore, loop, final evaluation."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from mmljax.config import Config, to_dict
+from mmljax.config import Config, from_mapping, to_dict
 from mmljax.data import load
 from mmljax.data.readers.in_shop import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import is_main_process, make_mesh, sync
-from mmljax.retrieval import records as protocol
+from mmljax.retrieval import records
 from mmljax.retrieval.clustering import check_available
 from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
 from mmljax.runs import writer
@@ -27,71 +29,63 @@ from mmljax.runs.plot import plot_contributions
 from mmljax.runs.recorder import Recorder
 from mmljax.runs.workdir import claimed
 from mmljax.training import checkpoints, optim
-from mmljax.training import state_bytes as footprint
 from mmljax.training.checks import check_disk
 from mmljax.training.preemption import Preemption
-from mmljax.training.trainer import assemble
+from mmljax.training.state import describe_state
+from mmljax.training.trainer import Trainer, make_trainer
 from mmljax.types import Dataset, TrainState
 
 _log = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> dict[str, Any]:
-    """Train and evaluate as ``config`` says, going on from ``workdir`` where a run was broken off.
+def train(
+    config: Config | Mapping[str, Any], workdir: Path | str, *, dataset: Dataset | None = None
+) -> dict[str, Any]:
+    """Train and evaluate as ``config`` says; resume where ``workdir`` holds an interrupted run.
 
     Args:
-      config: the run; see ``configs/common.py``.
-      workdir: where checkpoints, metrics and results go.
-      dataset: images already in memory, in place of ``config.data.source``.
+      config: the run, such as :func:`mmljax.default_config` gives and the caller changes.
+      workdir: the directory of checkpoints, metrics and results.
+      dataset: images in memory, in place of ``config.data.source``.
 
     Returns:
-      What ``results.json`` holds; nothing on processes other than the first.
+      The content of ``results.json``; empty on processes other than the first.
 
     Raises:
-      UserError: on data or a config that cannot be used, a disk that is full, or a loss that is
-        not finite.
-      Preempted: if the process was asked to end (SIGTERM), and saved itself.
+      UserError: on data or a config that cannot be used, a full disk, or a loss that is not finite.
+      Preempted: if the process received SIGTERM or SIGINT and saved a checkpoint.
     """
+    config = config if isinstance(config, Config) else from_mapping(config)
+    workdir = Path(workdir)
     started = time.time()
 
-    # Everything that the config names, so that a mistake shows before any work is done.
+    # Everything that the config names is built first, so that a mistake shows before any work.
     mesh = make_mesh()
     dataset = load.load_dataset(config) if dataset is None else dataset
-    trainer = assemble(
+    trainer = make_trainer(
         config,
         classes=dataset.classes,
         channels=load.image_channels(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
-        pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else its weights go on
+        pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else a checkpoint has them
     )
     state, total = trainer.state, trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
-    embed = make_embed(trainer.graphdef)
-    stamp = protocol.make_stamp(dataset, config)
+    score = _make_score(config, dataset, trainer, mesh)
+    protocol = records.make_stamp(dataset, config)
     if config.evaluation.clustering:
         check_available()
 
-    def score(state: TrainState) -> Retrieval:
-        return evaluate(
-            partial(embed, state.params["network"], state.model_state),
-            load.eval_batches(dataset.query, config, mesh),
-            dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
-            recall_at=config.evaluation.recall_at,
-            chunk=config.evaluation.gallery_chunk,
-            mesh=mesh,
-            geometry=config.evaluation.geometry,
-            clustering=config.evaluation.clustering,
-        )
-
-    with ExitStack() as stack:  # whatever ends the run, saves under way are finished
+    with ExitStack() as stack:  # however the run ends, pending saves are finished
         stack.enter_context(claimed(workdir, config))
         preemption = stack.enter_context(Preemption())
         saved = checkpoints.Checkpoints(
             workdir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
+            best_by=f"recall@{min(config.evaluation.recall_at)}",
         )
         stack.callback(saved.close)
         state, first = _restore(saved, state)
@@ -111,11 +105,9 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
             reporter.evaluation(0, score(state).summary())
 
         # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
-        # of s, so that a run which goes on from it has them all.
+        # of s, so that a run which resumes from it has them all.
         recorder = Recorder(
-            reporter,
-            trainer.schedules,
-            input_wait_warning=config.log.input_wait_warning,
+            reporter, trainer.schedules, input_wait_warning=config.log.input_wait_warning
         )
         stack.callback(recorder.close)
         batches = load.train_batches(dataset, config, mesh, range(first, total))
@@ -133,15 +125,39 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
                 result = score(state)
                 scores = result.summary()
                 reporter.evaluation(step, scores)
-                _record(workdir, step, stamp, dataset, result)
+                if is_main_process():
+                    found = records.make_records(protocol, step, dataset, result)
+                    records.write_records(workdir, found)
             if saves:
                 saved.save(state, step=step, metrics=scores)
                 recorder.restart_clock()
             if stops:
-                raise Preempted(f"asked to stop; saved at step {step} of {total}")
+                text = f"stopped by a signal; saved at step {step} of {total}"
+                raise Preempted(text, exit_code=preemption.exit_code)
 
     sync("finish")
-    return _finish(config, workdir, saved.directory, dataset, stamp=stamp, started=started)
+    return _finish(config, workdir, saved.directory, dataset, stamp=protocol, started=started)
+
+
+def _make_score(
+    config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh
+) -> Callable[[TrainState], Retrieval]:
+    """The evaluation of a state on the query and gallery splits."""
+    embed = make_embed(trainer.graphdef)
+
+    def score(state: TrainState) -> Retrieval:
+        return evaluate(
+            partial(embed, state.params["network"], state.model_state),
+            load.eval_batches(dataset.query, config, mesh),
+            dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
+            recall_at=config.evaluation.recall_at,
+            chunk=config.evaluation.gallery_chunk,
+            mesh=mesh,
+            geometry=config.evaluation.geometry,
+            clustering=config.evaluation.clustering,
+        )
+
+    return score
 
 
 def _loggers(config: Config, workdir: Path, *, first: int) -> list[Logger]:
@@ -159,7 +175,7 @@ def _restore(saved: checkpoints.Checkpoints, state: TrainState) -> tuple[TrainSt
     if restored is None:
         return state, 0
     first = int(restored.step)
-    _log.info("going on from step %d of %s", first, saved.directory)
+    _log.info("resuming from step %d of %s", first, saved.directory)
     return restored, first
 
 
@@ -183,16 +199,8 @@ def _describe(
         config.data.images_per_class,
     )
     _log.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
-    _log.info(footprint.describe(state))
+    _log.info(describe_state(state))
     _log.info("steps %d to %d of %s", first, total, config.duration)
-
-
-def _record(
-    workdir: Path, step: int, stamp: dict[str, Any], dataset: Dataset, result: Retrieval
-) -> None:
-    """Keep what each query had in the last evaluation."""
-    if is_main_process():
-        protocol.write_records(workdir, protocol.make_records(stamp, step, dataset, result))
 
 
 def _finish(
@@ -204,7 +212,7 @@ def _finish(
     stamp: dict[str, Any],
     started: float,
 ) -> dict[str, Any]:
-    """Write the results, draw the contributions and the page, and say where everything is."""
+    """Write results, plot and page, and print where they are."""
     if not is_main_process():
         return {}
     rows = writer.read_metrics(workdir)

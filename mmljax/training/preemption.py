@@ -1,7 +1,8 @@
-"""The notice to make room (SIGTERM), heard between two steps by all processes alike."""
+"""SIGTERM and SIGINT handling: all processes save and stop at the same step."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -10,23 +11,31 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from mmljax.errors import Preempted
+
+SIGNALS = {signal.SIGTERM: Preempted.EXIT_CODE, signal.SIGINT: 128 + signal.SIGINT}
+"""The signals that stop a run, and the exit code after each."""
+
 
 class Preemption:
-    """Listens for SIGTERM while it is entered; a second one ends the process at once.
+    """Listens for SIGTERM and SIGINT while it is entered; a second signal ends the process at once.
 
-    With several processes JAX's own service listens: it passes the notice that any of them was sent
-    to all, and names a step that none of them has begun yet.
+    With several processes, JAX's own service listens for SIGTERM: it passes the signal that any
+    process was sent to all of them, and names a step that none has begun. SIGINT is passed on as
+    SIGTERM there.
     """
 
     def __init__(self) -> None:
-        self._noticed = False
-        self._before: Any = None
+        self.exit_code = Preempted.EXIT_CODE
+        self._requested = False
+        self._before: dict[signal.Signals, Any] = {}
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> Preemption:
-        # Only the main thread may listen; a run in another one is ended by whoever started it.
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+        # Only the main thread may set handlers; a run in another thread is ended by its owner.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS if self._alone else (signal.SIGINT,):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -35,16 +44,21 @@ class Preemption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._noticed = True
-        signal.signal(number, signal.SIG_DFL)
+        for handled in self._before:
+            signal.signal(handled, signal.SIG_DFL)
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self.exit_code = SIGNALS[signal.Signals(number)]
+        self._requested = True
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after this step: the same answer in all processes; ask at every step."""
+        """Whether to stop after this step: equal in all processes; to be called at every step."""
         if self._alone:
-            return self._noticed
+            return self._requested
         return bool(multihost_utils.reached_preemption_sync_point(step))

@@ -1,4 +1,4 @@
-"""From a config to what a loop needs: the state before the first step, and the compiled step."""
+"""From a config to the state before the first step and the compiled step."""
 
 from __future__ import annotations
 
@@ -10,26 +10,50 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmljax.config import Config, RunSize, choose, steps
+from mmljax.config import Config, RunSize, steps
 from mmljax.errors import UserError
-from mmljax.losses.ledger import Scalars
-from mmljax.training import optim, registry
-from mmljax.training.step import make_train_step
-from mmljax.types import Batch, TrainState
+from mmljax.losses.multi_objective import MultiObjective
+from mmljax.training import optim
+from mmljax.training.state import PROXY_MULTIPLE, make_model, make_state
+from mmljax.training.step import TrainStep, make_train_step
+from mmljax.types import TrainState
 
 
 class Trainer(NamedTuple):
-    """A run that is ready to go."""
+    """A run that is ready to start."""
 
     graphdef: nnx.GraphDef  # of the embedder
+    objective: MultiObjective
     state: TrainState  # before the first step
-    step: Callable[[TrainState, Batch], tuple[TrainState, Scalars]]  # donates its state
+    step: TrainStep
     schedules: Mapping[str, optax.Schedule]  # learning rate of each optimiser group
     total_steps: int
     in_steps: Callable[..., int]  # (duration, key=config key) -> steps of this run
 
 
-def assemble(
+def make_objective(config: Config, *, classes: int, memory_start: int = 0) -> MultiObjective:
+    """The objectives of a config.
+
+    Raises:
+      UserError: on an unknown loss, rule or hyperparameter, or a combination that cannot be.
+    """
+    return MultiObjective(
+        config.objectives,
+        classes=classes,
+        dimension=config.model.embedding_size,
+        centers=config.centers,
+        combination=config.combination.name,
+        combination_params=config.combination.params,
+        surgery=config.combination.surgery,
+        memory_size=config.memory.size,
+        memory_start=memory_start,
+        row_block=config.row_block,
+        multiple_of=PROXY_MULTIPLE,
+        seed=config.seed,
+    )
+
+
+def make_trainer(
     config: Config,
     *,
     classes: int,
@@ -38,62 +62,45 @@ def assemble(
     mesh: Mesh,
     pretrained: bool = True,
 ) -> Trainer:
-    """Put together everything that the config names; a mistake in it shows here.
+    """Build everything that the config names; a mistake in it shows here.
 
     Args:
       config: the run.
       classes: of the training split.
       channels: of the images.
       train_examples: images of the training split, the length of an epoch.
-      mesh: over which batch and proxies divide.
+      mesh: over which batch and proxies are split.
       pretrained: whether to load the weights that the config names, if any.
 
     Raises:
       UserError: on a config that cannot be used.
     """
-    objectives = registry.make_objectives(config)
-    proxies = classes * config.centers
-    for objective in objectives:
-        if objective.sampled_proxies > proxies:
-            raise UserError(
-                f"--config.objectives.{objective.name}.sampled_proxies="
-                f"{objective.sampled_proxies} is more than there are proxies, {proxies}: "
-                "set it lower, or to 0 for all of them"
-            )
-    combination = registry.make_combination(config)
     size = RunSize(config.data.batch_size, train_examples)
     total = steps(config.duration, size, key="config.duration")
     if total < 1:
         raise UserError(f"--config.duration={config.duration!r} is no step; ask for at least one")
     size = size._replace(total_steps=total)
     in_steps = partial(steps, size=size)
-    surgery = choose(
-        {"none": False, "pcgrad": True},
-        config.combination.surgery,
-        key="config.combination.surgery",
-    )
+    warmup = in_steps(config.optimizer.warmup, key="config.optimizer.warmup")
+    if warmup > total:
+        raise UserError(
+            f"--config.optimizer.warmup={config.optimizer.warmup!r} is {warmup} steps, beyond the "
+            f"run's {total}; shorten it, or lengthen --config.duration"
+        )
+    memory_start = in_steps(config.memory.start, key="config.memory.start")
+    objective = make_objective(config, classes=classes, memory_start=memory_start)
     schedules = optim.make_schedules(config.optimizer, size)
     optimizer = optim.make_optimizer(config.optimizer, schedules)
-    graphdef, state = registry.make_state(
-        config,
-        classes=classes,
-        channels=channels,
-        objectives=len(objectives),
-        combination=combination,
-        optimizer=optimizer,
-        mesh=mesh,
-        pretrained=pretrained,
+    graphdef, network, statistics = make_model(
+        config.model, seed=config.seed, channels=channels, pretrained=pretrained
     )
-    step = make_train_step(
-        graphdef=graphdef,
-        objectives=objectives,
-        combination=combination,
+    state = make_state(
+        network,
+        statistics,
+        objective=objective,
         optimizer=optimizer,
+        seed=config.seed,
         mesh=mesh,
-        classes=classes,
-        centers=config.centers,
-        surgery=surgery,
-        row_block=config.row_block,
-        memory_start=in_steps(config.memory.start, key="config.memory.start"),
     )
-    return Trainer(graphdef, state, step, schedules, total, in_steps)
+    step = make_train_step(graphdef=graphdef, objective=objective, optimizer=optimizer, mesh=mesh)
+    return Trainer(graphdef, objective, state, step, schedules, total, in_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mmljax.losses.collectives import class_proxies, draw_proxies, fetch_proxies, return_gradient
+from mmljax.losses.collectives import (
+    Axis,
+    class_proxies,
+    draw_proxies,
+    fetch_proxies,
+    return_gradient,
+)
 from mmljax.mesh import AXIS, make_mesh
 
 ROWS, SIZE = 24, 3
@@ -40,7 +47,7 @@ def proxies() -> np.ndarray:
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_proxies_of_any_device_are_fetched_exactly(devices: int) -> None:
     positions = np.array([0, 3, 7, 11, 12, 23], np.int32)
-    fetch = sharded(fetch_proxies, devices=devices, out=PartitionSpec())
+    fetch = sharded(partial(fetch_proxies, axis=Axis(AXIS)), devices=devices, out=PartitionSpec())
     np.testing.assert_array_equal(fetch(proxies(), positions), proxies()[positions])
 
 
@@ -51,7 +58,7 @@ def test_gradients_of_all_devices_come_home(devices: int) -> None:
 
     def give(own: Any, positions: Any, gradient: Any) -> Any:
         mine = (1 + jax.lax.axis_index(AXIS)) * gradient  # each device another one
-        return return_gradient(mine, positions, own)
+        return return_gradient(mine, positions, own, Axis(AXIS))
 
     found = sharded(give, devices=devices, out=PartitionSpec(AXIS))(proxies(), positions, gradient)
     expected = np.zeros((ROWS, SIZE))
@@ -67,7 +74,7 @@ def test_each_sample_has_the_proxies_of_its_class(devices: int) -> None:
     def call(own: Any, labels: Any) -> Any:
         count = len(labels) // devices
         mine = jax.lax.dynamic_slice_in_dim(labels, jax.lax.axis_index(AXIS) * count, count)
-        return class_proxies(own, mine, centers=centers)
+        return class_proxies(own, mine, Axis(AXIS), centers=centers)
 
     found = sharded(call, devices=devices, out=PartitionSpec(AXIS))(proxies(), labels)
     for label, own in zip(labels, found, strict=True):

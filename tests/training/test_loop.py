@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 import small_runs
-from mmljax.config import Config, from_mapping
+from mmljax.config import Config, default_config, from_mapping, load_config
+from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.models.backbones import BACKBONES
 from mmljax.runs.writer import read_metrics
 from mmljax.training import loop as train
-from mmljax.training.checkpoints import Checkpoints
-from test_config import load
 
 pytestmark = pytest.mark.filterwarnings(
     # orbax reads checkpoints without shardings in small_runs.final_state, on purpose
@@ -30,9 +29,7 @@ def make_config(tmp_path: Path, **changes: Any) -> Config:
     if not images.exists():
         small_runs.write_images(images)
     path = small_runs.write_config(tmp_path / "small.py", images, **changes)
-    namespace: dict[str, Any] = {}
-    exec(path.read_text(), namespace)  # as config_flags does
-    return from_mapping(namespace["get_config"]())
+    return load_config(str(path))
 
 
 def test_run_learns_and_writes_what_it_promises(
@@ -90,7 +87,7 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Mo
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
         np.testing.assert_array_equal(value, parts[name], err_msg=name)
-    assert int(whole["step"]) == 20
+    assert int(whole["objective.step"]) == 20
     scores = [small_runs.results(tmp_path / name)["scores"] for name in ("whole", "parts")]
     assert scores[0] == scores[1]
 
@@ -100,13 +97,11 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     train.train(config, tmp_path / "run")
     rows = [eval(row.replace("null", "None")) for row in small_runs.metrics(tmp_path / "run")]
     recall = {row["step"]: row["recall@1"] for row in rows if row["kind"] == "evaluation"}
-    saved = Checkpoints(tmp_path / "run/checkpoints", keep_last=2, keep_best=1)
-    steps = {int(p.name) for p in saved.directory.iterdir() if p.name.isdigit()}
-    best = saved.best_step()
-    saved.close()
+    steps = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()}
     assert {15, 20} <= steps
-    assert recall[best] == max(v for k, v in recall.items() if k)
-    assert steps <= {15, 20, best}
+    best = max(v for k, v in recall.items() if k)
+    assert any(recall[step] == best for step in steps)
+    assert len(steps) <= 3
 
 
 def test_another_config_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
@@ -132,7 +127,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["quickstart", "inshop", "omniglot"])
 def test_committed_config_takes_two_steps(name: str, tmp_path: Path) -> None:
     """Every config runs on small arrays, with a narrow network for the sake of the test's time."""
-    mapping = load(name)
+    mapping = default_config(name)
     assert mapping.model.backbone in BACKBONES
     mapping.model.backbone, mapping.model.width = "small", 8
     data = mapping.data

@@ -1,4 +1,4 @@
-"""SIGTERM is heard between two steps, and only while somebody listens."""
+"""SIGTERM and SIGINT stop a run at the next step, and only while it listens."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import os
 import signal
 import threading
 
+import pytest
+
 from mmljax.training.preemption import Preemption
 
 
-def test_a_notice_is_heard_at_the_next_step() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_seen_at_the_next_step(number: signal.Signals, code: int) -> None:
     with Preemption() as preemption:
         assert not preemption.requested(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert preemption.requested(2)
         assert preemption.requested(3)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends it
+        assert preemption.exit_code == code
+        for other in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process
+            assert signal.getsignal(other) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_listened_before_listens_after() -> None:
+def test_earlier_handlers_are_restored() -> None:
     def own(number: int, frame: object) -> None: ...
 
     before = signal.signal(signal.SIGTERM, own)
@@ -30,7 +36,7 @@ def test_what_listened_before_listens_after() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_in_another_thread_nobody_listens() -> None:
+def test_another_thread_sets_no_handler() -> None:
     answers = []
 
     def run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,10 +13,7 @@ import pytest
 from flax import nnx
 
 import tiny
-from mmljax.losses import combination, mining
-from mmljax.losses.relations import nearest_class_proxies
-from mmljax.numerics import l2_normalize, masked_mean
-from mmljax.types import Points, Views
+from mmljax.losses import pair, registry
 
 
 def gradients_of(step: Any, state: Any, batch: Any) -> tuple[Any, Any]:
@@ -26,30 +24,46 @@ def gradients_of(step: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     return change, jax.device_get(scalars)
 
 
+def mined(similarity: Any, positive: Any, negative: Any, lowest: Any, margin: float) -> Any:
+    """Multi-Similarity mining of one view by its definition."""
+    highest = jnp.max(jnp.where(negative, similarity, -jnp.inf), axis=1)
+    return (
+        positive & (similarity - margin < highest[:, None]),
+        negative & (similarity + margin > lowest[:, None]),
+    )
+
+
+def log_sum(exponent: Any, mask: Any) -> Any:
+    return jnp.log(1 + jnp.sum(jnp.where(mask, jnp.exp(exponent), 0), axis=1))
+
+
 def whole_loss(params: Any, model_state: Any, graphdef: Any, batch: Any, weights: Any) -> Any:
-    """The weighted sum on one device, written on whole matrices without any of the step's parts."""
+    """The weighted sum on one device, from equations on whole matrices, without our losses."""
     model = nnx.merge(graphdef, params["network"], model_state, copy=True)
     model.head.norm.axis_name = None
     x = model(batch.images, train=True)
-    p = l2_normalize(params["proxies"])
-    count = len(batch.labels)
-    real = jnp.arange(len(p)) < tiny.CLASSES
-    samples = Points(x, batch.labels, jnp.arange(count), jnp.ones(count, bool))
-    proxies = Points(p, jnp.arange(len(p)), jnp.arange(len(p)), real)
-    rows = tiny.objectives()
-    masks = mining.pair_masks(samples, samples, same_kind=True)
-    partners = nearest_class_proxies(x, p[batch.labels][:, None])
-    views = Views(x @ x.T, partners @ x.T, jnp.sum(partners * x, 1), None)
-    kept = mining.either_miner(views, masks, margin=0.1, blend=0.5)
-    own = (jnp.arange(len(p))[:, None] == batch.labels[None]) & real[:, None]
-    to_proxy = mining.pair_masks(proxies, samples, same_kind=False)
-    pair = rows[0].loss(x @ x.T, kept)
-    proxy = rows[1].loss(p @ x.T, mining.proxy_masks(kept, own, to_proxy))
-    separation = rows[2].loss(p @ p.T, mining.pair_masks(proxies, proxies, same_kind=True))
-    losses = [
-        masked_mean(values._replace(valid=values.valid & valid)).sum()
-        for values, valid in ((pair, True), (proxy, real), (separation, real))
-    ]
+    p = params["proxies"][: tiny.CLASSES]
+    p = p / jnp.linalg.norm(p, axis=1, keepdims=True)
+    y = jnp.asarray(batch.labels)
+    same = y[:, None] == y[None, :]
+    positive, negative = same & ~jnp.eye(len(y), dtype=bool), ~same
+    s, t = x @ x.T, p[y] @ x.T  # the views of the anchor and of its proxy
+    of_sample = mined(s, positive, negative, jnp.min(jnp.where(positive, s, jnp.inf), axis=1), 0.1)
+    of_proxy = mined(t, positive, negative, jnp.min(jnp.where(same, t, jnp.inf), axis=1), 0.1)
+    kept = [a | b for a, b in zip(of_sample, of_proxy, strict=True)]
+    pair = log_sum(-2 * (s - 0.5), kept[0]) / 2 + log_sum(40 * (s - 0.5), kept[1]) / 40
+
+    r, q = p @ x.T, p @ p.T
+    own = jnp.arange(tiny.CLASSES)[:, None] == y[None, :]
+    anchors = own.astype(x.dtype)
+    chosen = own & ((anchors @ kept[0] > 0) | (own & jnp.any(kept[0] | kept[1], axis=1)[None, :]))
+    against = ~own & (anchors @ kept[1] > 0)
+    attraction, present = log_sum(-32 * (r - 0.1), chosen), jnp.any(chosen, axis=1)
+    repulsion = log_sum(32 * (r + 0.1), against)
+    proxy = jnp.sum(attraction) / jnp.sum(present) + jnp.mean(repulsion)
+
+    separation = log_sum(32 * (q - 0.1), ~jnp.eye(tiny.CLASSES, dtype=bool)) / 32
+    losses = (jnp.mean(pair), proxy, jnp.mean(separation))
     return sum(w * value for w, value in zip(weights, losses, strict=True))
 
 
@@ -60,7 +74,8 @@ def test_gradient_is_that_of_the_weighted_sum(devices: int) -> None:
         step, state, place, graphdef = tiny.make(
             devices,
             dtype=jnp.float64,
-            combine=combination.fixed(weights),
+            rows=weighted(weights),
+            combination="fixed",
             optimizer=optax.sgd(1.0),
         )
         batch = tiny.batch(0)
@@ -102,20 +117,29 @@ def test_twenty_steps_on_any_number_of_devices(devices: int) -> None:
         finals = []
         for count in (1, devices):
             rows = tiny.objectives(memory=True)
-            step, state, place, _ = tiny.make(count, dtype=jnp.float64, rows=rows, memory=128)
+            step, state, place, _ = tiny.make(count, dtype=jnp.float64, rows=rows, memory_size=100)
             start = jax.device_get(state.params)
             for index in range(20):
                 state, _ = step(state, place(tiny.batch(index)))
-            finals.append(jax.device_get((state.params, state.memory, state.model_state)))
+            finals.append(jax.device_get((state.params, state.objective.memory, state.model_state)))
         for a, b in zip(jax.tree.leaves(finals[0]), jax.tree.leaves(finals[1]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(finals[0][0]), strict=True):
             assert not np.allclose(a, b)  # it really trained, the contribution weights too
 
 
-def sampled(count: int) -> list[Any]:
-    *others, separation = tiny.objectives()
-    return [*others, separation._replace(sampled_proxies=count)]
+def weighted(weights: Any) -> dict[str, Any]:
+    rows = tiny.objectives()
+    return {
+        name: dataclasses.replace(row, weight=weight)
+        for (name, row), weight in zip(rows.items(), weights, strict=True)
+    }
+
+
+def sampled(count: int) -> dict[str, Any]:
+    rows = tiny.objectives()
+    row = dataclasses.replace(rows["separation"], sampled_proxies=count)
+    return {**rows, "separation": row}
 
 
 def test_all_proxies_drawn_is_all_proxies() -> None:
@@ -165,15 +189,16 @@ def test_row_blocks_change_nothing() -> None:
         assert np.linalg.norm(a - b) <= 1e-9 * np.linalg.norm(a)
 
 
-def test_traced_once() -> None:
+def test_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def counted(similarity: Any, masks: Any) -> Any:
         calls.append(1)
-        return tiny.objectives()[0].loss(similarity, masks)
+        return pair.multi_similarity_loss(similarity, masks)
 
+    monkeypatch.setitem(registry.LOSSES, "counted", ("sample_to_sample", counted))
     rows = tiny.objectives()
-    rows[0] = rows[0]._replace(loss=counted)
+    rows["pair"] = dataclasses.replace(rows["pair"], loss="counted")
     step, state, place, _ = tiny.make(2, rows=rows)
     state, _ = step(state, place(tiny.batch(0)))
     first = len(calls)
@@ -205,7 +230,7 @@ def test_memory_joins_the_references_after_its_start() -> None:
     losses: dict[int, list[float]] = {}
     for size in (0, 128):
         rows = tiny.objectives(rule="none", memory=size > 0)
-        step, state, place, _ = tiny.make(2, rows=rows, memory=size, optimizer=optax.sgd(0.0))
+        step, state, place, _ = tiny.make(2, rows=rows, memory_size=size, optimizer=optax.sgd(0.0))
         losses[size] = []
         for index in range(5):
             state, scalars = step(state, place(tiny.batch(index)))

@@ -1,0 +1,138 @@
+"""The train state: how it starts, how it lies over the devices, and its bytes per device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmljax.config import ModelConfig
+from mmljax.errors import UserError
+from mmljax.losses.multi_objective import MultiObjective
+from mmljax.mesh import AXIS, spread
+from mmljax.models.embedder import make_embedder
+from mmljax.models.pretrained import load_pretrained
+from mmljax.types import TrainState
+
+PROXY_MULTIPLE = 128
+"""Classes and memory slots are padded to it, so that a checkpoint fits any device count."""
+
+
+def make_model(
+    config: ModelConfig, *, seed: int, channels: int, pretrained: bool
+) -> tuple[nnx.GraphDef, Any, Any]:
+    """Graph, parameters and BatchNorm statistics of a new embedder.
+
+    Raises:
+      UserError: if the weights that the config names cannot be used.
+    """
+    # This generator compiles several times faster than the default one, per shape of a parameter.
+    rngs = nnx.Rngs(jax.random.key(seed, impl="rbg"))
+    model = make_embedder(config, channels=channels, rngs=rngs)
+    if pretrained and config.pretrained:
+        load_pretrained(model.backbone, config.pretrained)
+    graphdef, network, statistics = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(network), nnx.to_pure_dict(statistics)
+
+
+def make_state(
+    network: Any,
+    model_state: Any,
+    *,
+    objective: MultiObjective,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step, laid out over the mesh.
+
+    Args:
+      network: parameters; proxies and memory have the dtype of their first leaf.
+      model_state: BatchNorm statistics.
+      objective: whose proxies, weights and memory are part of the state.
+      optimizer: for ``{"network", "proxies", "weights"}``.
+      seed: of the proxies and of all later draws.
+      mesh: of one axis.
+
+    Raises:
+      UserError: if the proxies do not divide over the devices.
+    """
+    if objective.multiple_of % mesh.devices.size:
+        raise UserError(
+            f"{mesh.devices.size} devices do not divide the proxies, which are padded to a "
+            f"multiple of {objective.multiple_of}; use a power of two up to it"
+        )
+    dtype = jax.tree.leaves(network)[0].dtype
+    objective_params, objective_state = objective.init(jax.random.key(seed), dtype=dtype)
+    params = {"network": network, **objective_params}
+    state = TrainState(params, model_state, objective_state, optimizer.init(params))
+    return spread(state, shardings(state, objective, mesh))
+
+
+def partition_specs(state: TrainState, objective: MultiObjective) -> TrainState:
+    """How every array of the state is split over the mesh axis: the one place that says so.
+
+    Proxies, their optimiser moments and the memory are split by rows; the rest is replicated. The
+    result has the structure of ``state``, with a PartitionSpec per leaf.
+    """
+    objective_params, objective_state = objective.partition_specs(AXIS)
+    whole, rows = PartitionSpec(), PartitionSpec(AXIS)
+    optimizer: Any = whole
+    if isinstance(state.optimizer_state, optax.transforms.PartitionState):
+        groups = state.optimizer_state.inner_states
+        moments = jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, groups["proxies"])
+        optimizer = optax.transforms.PartitionState(
+            {name: moments if name == "proxies" else whole for name in groups}
+        )
+    prefix = TrainState({"network": whole, **objective_params}, whole, objective_state, optimizer)
+    return jax.tree.broadcast(prefix, state, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def shardings(state: TrainState, objective: MultiObjective, mesh: Mesh) -> TrainState:
+    """A NamedSharding for every array of the state."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        partition_specs(state, objective),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes on one device by group, from arrays or from shapes with shardings.
+
+    The optimiser's moments of the proxies are a group of their own, as they are split over the
+    devices with the proxies; see docs/scale.md.
+    """
+    moments: Any = ()
+    if isinstance(state.optimizer_state, optax.transforms.PartitionState):
+        moments = state.optimizer_state.inner_states["proxies"]
+    groups = {
+        "network": state.params["network"],
+        "proxies": state.params["proxies"],
+        "statistics": state.model_state,
+        "memory": state.objective.memory,
+        "optimizer of proxies": moments,
+    }
+    sizes = {name: _bytes(tree) for name, tree in groups.items()}
+    rest = _bytes(state.optimizer_state) - sizes["optimizer of proxies"]
+    return {**sizes, "optimizer of the rest": rest}
+
+
+def describe_state(state: TrainState) -> str:
+    """The bytes per device as one line for the log."""
+    sizes = {name: size for name, size in state_bytes(state).items() if size}
+    parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items())
+    return f"state per device: {sum(sizes.values()) / 2**20:.1f} MiB ({parts})"
+
+
+def _bytes(tree: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

@@ -1,0 +1,242 @@
+"""MultiObjective equals the trainer's step in own loops, and refuses bad input; its memory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mmljax
+from mmljax.errors import UserError
+from mmljax.losses import registry
+from mmljax.losses.collectives import Axis
+from mmljax.losses.memory import init_memory, write_memory
+from mmljax.mesh import AXIS, make_mesh, place
+from mmljax.training.state import make_state
+from mmljax.training.step import make_train_step
+from mmljax.types import Batch, Points
+
+OWN_LOOP = Path(__file__).parents[2] / "examples" / "own_loop.py"
+
+
+def rows(**changes: Any) -> dict[str, mmljax.Objective]:
+    """The default objectives, with changes of the pair objective."""
+    found = dict(mmljax.default_config().objectives.to_dict())
+    found = {name: mmljax.Objective(**row) for name, row in found.items()}
+    return {**found, "pair": dataclasses.replace(found["pair"], **changes)}
+
+
+def points(count: int, classes: int, *, seed: int = 0) -> tuple[Any, Any]:
+    """Embeddings of several lengths, and labels."""
+    random = np.random.default_rng(seed)
+    vectors = random.normal(size=(count, 6)) * random.uniform(0.5, 3, (count, 1))
+    return jnp.asarray(vectors), jnp.asarray(random.integers(0, classes, count), jnp.int32)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_own_loop_equals_the_step_of_the_trainer(
+    devices: int, dtype: str, tolerance: float
+) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        example = runpy.run_path(str(OWN_LOOP))
+        objective, optimizer = example["objective"], example["optimizer"]
+        network = jax.tree.map(lambda x: x.astype(dtype), example["network"])
+        objective_params, state = objective.init(jax.random.key(0), dtype=dtype)
+        params = {"network": network, **objective_params}
+        batches = [example["batch"](index) for index in range(3)]
+        batches = [(inputs.astype(dtype), labels) for inputs, labels in batches]
+        mesh = make_mesh(jax.devices()[:devices])
+        step = example["step"] if devices == 1 else example["sharded_step"](mesh)
+        gradients = example["gradients"](params, state, *batches[0])[0]
+
+        class Named(nnx.Module):  # as the trainer calls a network
+            def __init__(self) -> None:
+                self.inner = nnx.merge(example["graphdef"], network)
+
+            def __call__(self, images: Any, *, train: bool) -> Any:
+                return self.inner(images)
+
+        graphdef, split = nnx.split(Named())
+        trained = make_state(
+            jax.tree.map(jnp.copy, nnx.to_pure_dict(split)),  # the step donates them
+            {},
+            objective=objective,
+            optimizer=optimizer,
+            seed=0,
+            mesh=mesh,
+        )
+        theirs = make_train_step(
+            graphdef=graphdef, objective=objective, optimizer=optimizer, mesh=mesh
+        )
+        optimizer_state = optimizer.init(params)
+        for index, (inputs, labels) in enumerate(batches):
+            batch = Batch(np.asarray(inputs), np.asarray(labels), np.ones(len(labels), bool))
+            trained, expected = theirs(trained, place(batch, mesh))
+            params, optimizer_state, state, ledger = step(
+                params, optimizer_state, state, inputs, labels
+            )
+            for name, value in ledger.items():
+                np.testing.assert_allclose(
+                    value, expected[name], rtol=30 * tolerance, atol=tolerance, err_msg=name
+                )
+            if index == 0:
+                norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradients["network"])))
+                np.testing.assert_allclose(
+                    norm, expected["gradient_norm/network"], rtol=30 * tolerance
+                )
+        ours = jax.tree.leaves((nnx.to_pure_dict(params["network"]), params["proxies"]))
+        others = jax.tree.leaves((trained.params["network"]["inner"], trained.params["proxies"]))
+        assert len(ours) == len(others) == 5
+        for a, b in zip(ours, others, strict=True):
+            assert a.dtype == dtype
+            # Adam divides by the root of the squared gradient, so its step amplifies rounding.
+            np.testing.assert_allclose(a, b, rtol=0, atol=1000 * tolerance)
+
+
+@pytest.mark.parametrize("name", registry.LOSSES)
+def test_every_loss_gives_finite_gradients_and_a_ledger(name: str) -> None:
+    objective = mmljax.MultiObjective(
+        {"one": name, "separation": "nearest_proxy"}, classes=5, dimension=6, centers=2
+    )
+    params, state = objective.init(jax.random.key(0))
+    embeddings, labels = points(12, 5)
+
+    def loss(embeddings: Any, params: Any) -> Any:
+        return objective(params, state, embeddings, labels)
+
+    grads, (_, ledger) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(embeddings, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, ledger)))
+    assert ledger["loss/one"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "combination"),
+    [
+        *((rule, "share") for rule in registry.MINERS),
+        *(("either", c) for c in registry.COMBINATIONS),
+    ],
+)
+def test_every_rule_and_combination(rule: str, combination: str) -> None:
+    objective = mmljax.MultiObjective(
+        rows(mining=rule, mining_params={}), classes=5, dimension=6, combination=combination
+    )
+    params, state = objective.init(jax.random.key(0))
+    loss, (new, ledger) = jax.jit(objective)(params, state, *points(12, 5))
+    assert np.isfinite(loss)
+    assert int(new.step) == 1
+    assert ("kept_negative/pair" in ledger) == (rule != "none")
+
+
+def test_padded_rows_have_no_effect() -> None:
+    objective = mmljax.MultiObjective(rows(), classes=5, dimension=6, memory_size=20)
+    params, state = objective.init(jax.random.key(0))
+    embeddings, labels = points(12, 5)
+
+    def gradients(embeddings: Any, labels: Any, valid: Any) -> Any:
+        def loss(embeddings: Any) -> Any:
+            return objective(params, state, embeddings, labels, valid=valid)
+
+        return jax.grad(loss, has_aux=True)(embeddings)
+
+    short, (_, expected) = gradients(embeddings[:9], labels[:9], None)
+    padded, (new, ledger) = gradients(embeddings, labels, jnp.arange(12) < 9)
+    np.testing.assert_allclose(padded[:9], short, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(padded[9:], 0)
+    for name, value in expected.items():
+        np.testing.assert_allclose(ledger[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert (new.memory["labels"] >= 0).sum() == 9
+
+
+def test_half_precision_embeddings_are_computed_in_float32() -> None:
+    objective = mmljax.MultiObjective(rows(), classes=5, dimension=6)
+    params, state = objective.init(jax.random.key(0))
+    embeddings, labels = points(12, 5)
+    half = embeddings.astype(jnp.bfloat16)
+
+    def loss(embeddings: Any) -> Any:
+        return objective(params, state, embeddings, labels)[0]
+
+    value, gradient = jax.value_and_grad(loss)(half)
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(value, loss(half.astype(jnp.float32)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize(("size", "count"), [(40, 16), (24, 16), (5, 16), (16, 16), (1, 8)])
+def test_memory_is_a_ring_for_any_size(size: int, count: int, devices: int) -> None:
+    """It holds the last ``size`` embeddings, also below the batch or not a multiple of it."""
+    mesh = make_mesh(jax.devices()[:devices])
+    rows, whole = jax.P(AXIS), jax.P()
+    specs = {"vectors": rows, "labels": rows, "next": whole}
+
+    def write(memory: Any, batch: Points) -> Any:
+        return write_memory(memory, batch, Axis(AXIS), size=size)
+
+    sharded = jax.jit(
+        jax.shard_map(write, mesh=mesh, in_specs=(specs, whole), out_specs=specs, check_vma=False)
+    )
+    memory = init_memory(size, 3, dtype=jnp.float32, multiple_of=8)
+    expected: collections.deque[int] = collections.deque(maxlen=size)
+    for step in range(7):
+        labels = jnp.arange(step * count, (step + 1) * count, dtype=jnp.int32)
+        vectors = jnp.stack([labels, labels + 1, labels + 2], axis=1).astype(jnp.float32)
+        batch = Points(vectors, labels, jnp.arange(count), jnp.ones(count, bool))
+        memory = sharded(memory, batch)
+        expected.extend(labels.tolist())
+        held = np.asarray(memory["labels"])
+        assert sorted(held[held >= 0].tolist()) == sorted(expected)
+        filled = np.flatnonzero(held >= 0)
+        assert filled.max() < size
+        np.testing.assert_array_equal(memory["vectors"][filled, 0], held[filled])
+        assert 0 <= int(memory["next"]) < size  # never overflows
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"loss": "circl"}, {}, r"pair.loss='circl' is unknown.*'circle'"),
+        ({"params": {"alfa": 1.0}}, {}, r"pair.params.alfa is unknown.*'alpha'"),
+        ({"params": {"alpha": "x"}}, {}, r"pair.params.alpha must be of type float"),
+        ({"mining": "eithr"}, {}, r"pair.mining='eithr' is unknown.*'either'"),
+        ({"mining": "hard"}, {}, r"mining_params.margin is unknown: hard takes no hyper.*'{}'"),
+        ({"mining": "none"}, {}, r"mining_params.*has no rule.*'{}'"),
+        ({"mining_params": {"blend": 0.5}}, {}, r"mining_params.blend is unknown: either takes m"),
+        ({"memory": True}, {}, r"pair.memory=True needs --config.memory.size"),
+        ({"sampled_proxies": 2}, {}, r"sampled_proxies=2 is for losses between proxies"),
+        ({"weight": 0.0}, {}, r"pair.weight must be above 0"),
+        ({"loss": "nearest_proxy"}, {}, r"pair has proxies as columns"),
+        ({}, {"combination": "shares"}, r"combination.name='shares' is unknown.*'share'"),
+        ({}, {"combination_params": {"alpha": 1.5}}, r"combination.params.alpha is unknown: share"),
+        ({}, {"surgery": "pcgrd"}, r"surgery='pcgrd' is unknown.*'pcgrad'"),
+    ],
+)
+def test_bad_objectives_are_refused(changes: Any, options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        mmljax.MultiObjective(rows(**changes), classes=5, dimension=6, **options)
+
+
+def test_embeddings_of_another_size_are_refused() -> None:
+    objective = mmljax.MultiObjective({"pair": "multi_similarity"}, classes=5, dimension=7)
+    params, state = objective.init(jax.random.key(0))
+    with pytest.raises(UserError, match=r"must be \[b 7\] with labels \[b\], found \(12, 6\)"):
+        objective(params, state, *points(12, 5))
+
+
+def test_a_deleted_row_is_gone_and_shares_are_normalised() -> None:
+    kept = rows()
+    del kept["proxy"]
+    objective = mmljax.MultiObjective(kept, classes=5, dimension=6)
+    params, state = objective.init(jax.random.key(0))
+    _, (_, ledger) = objective(params, state, *points(12, 5))
+    assert not [name for name in ledger if name.endswith("/proxy")]
+    assert ledger["share_embeddings/pair"] == 1
