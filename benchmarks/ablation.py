@@ -11,12 +11,13 @@ Later rows build on what earlier ones chose: combinations take the pair and the 
 that validated best, mining takes the combination that did. ``--data grocery_inshop.zip`` runs
 fewer rows on photographs.
 
-Results are appended to ``results.jsonl`` as they come; a run that is broken off goes on.
+Results are appended to ``results.jsonl`` as they come; an interrupted run resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -28,8 +29,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+import mmljax
 from benchmarks import ablation_table
-from configs import common, omniglot
 
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
@@ -45,14 +46,17 @@ class Row(NamedTuple):
     settings: list[Overrides]  # candidates, at least one
 
 
+def objective(loss: str, *, rule: str = "none", **mining_params: float) -> Overrides:
+    """One row of ``config.objectives``; hyperparameters follow as ``losses.LOSS.NAME``."""
+    row = mmljax.Objective(loss, mining=rule, mining_params=mining_params)
+    return dataclasses.asdict(row)
+
+
 def single(loss: str, *settings: Overrides, rule: str = "none", **more: Any) -> Row:
     """One objective alone; a key without a dot is one of its hyperparameters."""
     base = {
-        "objectives": {"only": common.objective(loss, rule=rule).to_dict()},
+        "objectives": {"only": objective(loss, rule=rule)},
         "combination.name": "fixed",
-        "combination.weights": {"only": 1.0},
-        "combination.embedding_shares": {},
-        "combination.proxy_shares": {},
         **more,
     }
     return Row(
@@ -142,9 +146,7 @@ def together(
     base = {
         "objectives": objectives,
         "combination.name": combination,
-        "combination.weights": {name: start[name] for name in objectives},
-        "combination.embedding_shares": {},
-        "combination.proxy_shares": {},
+        "weights": {name: start[name] for name in objectives},
         **more,
     }
     return Row("combination", base, list(settings or ({},)))
@@ -154,22 +156,22 @@ def shares(pair: float | None, separation: float | None) -> Overrides:
     """Targets of the shares: of the pair objective at X, of the separation objective at P."""
     result: Overrides = {}
     if pair is not None:
-        result["combination.embedding_shares"] = {"pair": pair, "proxy": 1 - pair}
+        result["embedding_shares"] = {"pair": pair, "proxy": 1 - pair}
     if separation is not None:
-        result["combination.proxy_shares"] = {"proxy": 1 - separation, "separation": separation}
+        result["proxy_shares"] = {"proxy": 1 - separation, "separation": separation}
     return result
 
 
 def combination_rows(chosen: dict[str, Overrides]) -> dict[str, Row]:
     """Two and three of the design's own objectives, each as tuned alone; then the best ones."""
     found = _losses(chosen["multi_similarity"] | chosen["proxy_anchor"])
-    pair = common.objective("multi_similarity").to_dict()
-    proxy = common.objective("proxy_anchor").to_dict()
-    separation = common.objective("nearest_proxy").to_dict()
+    pair = objective("multi_similarity")
+    proxy = objective("proxy_anchor")
+    separation = objective("nearest_proxy")
     three = {"pair": pair, "proxy": proxy, "separation": separation}
-    ones = {"combination.weights": dict.fromkeys(three, 1.0)}
+    ones = {"weights": dict.fromkeys(three, 1.0)}
     weights = [
-        {"combination.weights": {"pair": 1.0, "proxy": a, "separation": b}}
+        {"weights": {"pair": 1.0, "proxy": a, "separation": b}}
         for a in (0.03, 0.1, 0.3)
         for b in (0.03, 0.3)
     ]
@@ -186,10 +188,13 @@ def combination_rows(chosen: dict[str, Overrides]) -> dict[str, Row]:
         "all, ones": together(three, "fixed", ones, ones | SLOW),
         "all, tuned weights": together(three, "fixed", *weights),
         "all, uncertainty": together(
-            three, "uncertainty", {"combination.cap": 10.0}, {"combination.cap": 100.0}
+            three,
+            "uncertainty",
+            {"combination.params.cap": 10.0},
+            {"combination.params.cap": 100.0},
         ),
         "all, gradnorm": together(
-            three, "gradnorm", {"combination.alpha": 0.5}, {"combination.alpha": 1.5}
+            three, "gradnorm", {"combination.params.alpha": 0.5}, {"combination.params.alpha": 1.5}
         ),
         "all, share": together(three, "share", *targets),
         "all, share, pcgrad": together(
@@ -213,10 +218,10 @@ def mining_rows(chosen: dict[str, Overrides]) -> dict[str, Row]:
         for mined in (False, True):
 
             def objectives(margin: float, rule: str = rule, mined: bool = mined) -> Overrides:
-                mining = {"rule": rule, "margin": margin}
-                pair = common.objective("multi_similarity", **mining).to_dict()
-                proxy = common.objective("proxy_anchor", **(mining if mined else {})).to_dict()
-                separation = common.objective("nearest_proxy").to_dict()
+                mining: Any = {"rule": rule, "margin": margin}
+                pair = objective("multi_similarity", **mining)
+                proxy = objective("proxy_anchor", **(mining if mined else {}))
+                separation = objective("nearest_proxy")
                 return {"objectives": {"pair": pair, "proxy": proxy, "separation": separation}}
 
             row = together(
@@ -231,11 +236,11 @@ def change_rows(chosen: dict[str, Overrides]) -> dict[str, Row]:
     """Changes of the design, each on the three objectives under learned shares."""
     found = _losses(chosen["multi_similarity"] | chosen["proxy_anchor"] | chosen["margin"])
     found |= _losses(chosen["cosface"])
-    pair = common.objective("multi_similarity").to_dict()
-    margin = common.objective("margin", rule="distance_weighted").to_dict()
-    proxy = common.objective("proxy_anchor").to_dict()
-    cosface = common.objective("cosface").to_dict()
-    separation = common.objective("nearest_proxy").to_dict()
+    pair = objective("multi_similarity")
+    margin = objective("margin", rule="distance_weighted")
+    proxy = objective("proxy_anchor")
+    cosface = objective("cosface")
+    separation = objective("nearest_proxy")
 
     def three(pair: Overrides, proxy: Overrides, *settings: Overrides) -> Row:
         objectives = {"pair": pair, "proxy": proxy, "separation": separation}
@@ -270,7 +275,7 @@ def make_config(
     """The config of one run."""
     from mmljax.config import from_mapping
 
-    config = omniglot.get_config()
+    config = mmljax.default_config("omniglot")
     config.duration = f"{steps} steps"
     config.model.width = 16
     config.model.embedding_size = 64
@@ -281,14 +286,39 @@ def make_config(
         config.optimizer[group.split(".")[1]].learning_rate = rate
     config.seed = seed
     config.evaluation.recall_at = (1,)
+    overrides = row.base | setting
     with config.unlocked():
-        for key, value in (row.base | setting).items():
-            *path, last = key.split(".")
-            group = config
-            for name in path:
-                group = group[name]
-            group[last] = ConfigDict(value) if isinstance(value, dict) else value
+        config.objectives = ConfigDict(overrides["objectives"])
+        for key, value in overrides.items():
+            if key != "objectives":
+                _apply(config, key, value)
     return from_mapping(config)
+
+
+PER_OBJECTIVE = {
+    "weights": "weight",
+    "embedding_shares": "embedding_share",
+    "proxy_shares": "proxy_share",
+}
+
+
+def _apply(config: Any, key: str, value: Any) -> None:
+    """Set one override: of a loss wherever it is used, of each objective, or of a dotted key."""
+    if key.startswith("losses."):
+        _, loss, name = key.split(".")
+        for row in config.objectives.values():
+            if row.loss == loss:
+                row.params[name] = value
+        return
+    if key in PER_OBJECTIVE:
+        for name, row in config.objectives.items():
+            row[PER_OBJECTIVE[key]] = value.get(name, 0.0)
+        return
+    *path, last = key.split(".")
+    group = config
+    for name in path:
+        group = group[name]
+    group[last] = value
 
 
 def run_seeds(
@@ -306,18 +336,19 @@ def run_seeds(
     import jax
     import numpy as np
 
-    from benchmarks.ablation_data import load
+    from benchmarks import ablation_data
+    from mmljax.data import load
     from mmljax.mesh import make_mesh
     from mmljax.retrieval.evaluate import evaluate, make_embed
-    from mmljax.training.trainer import assemble
+    from mmljax.training.trainer import make_trainer
 
-    dataset = load(data, tuning=tuning)
+    dataset = ablation_data.load(data, tuning=tuning)
     mesh = make_mesh()
     records: list[dict[str, Any]] = []
     compiled = None
     for seed in seeds:
         config = make_config(row, setting, seed=seed, steps=steps, batch_size=batch_size)
-        trainer = assemble(
+        trainer = make_trainer(
             config,
             classes=dataset.classes,
             channels=dataset.train.images.shape[-1],

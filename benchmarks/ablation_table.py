@@ -81,11 +81,11 @@ def difference(one: dict[int, Record], other: dict[int, Record], metric: str) ->
 
 
 def describe(setting: dict[str, Any]) -> str:
-    """A setting in short: the last part of each key, of objectives their mining's margin."""
+    """A setting in short: the last part of each key, or the mining margin of objectives."""
     parts = []
     for key, value in setting.items():
         if key == "objectives":
-            parts.append(f"margin {value['pair']['mining']['margin']}")
+            parts.append(f"margin {value['pair']['mining_params']['margin']}")
         elif isinstance(value, dict):
             shown = ", ".join(f"{name} {number:.3g}" for name, number in value.items())
             parts.append(f"{key.split('.')[-1]} ({shown})")

@@ -1,4 +1,4 @@
-"""What the ledger costs: the whole step beside one that knows only the sum of the losses.
+"""Cost of the ledger: the whole step beside one that knows only the sum of the losses.
 
     python -m benchmarks.ledger                                        # ResNet-50, 224 px
     python -m benchmarks.ledger --batch-size 16 --image-size 128       # enough for a CPU
@@ -11,6 +11,7 @@ counts. The network's gradient norms of the first step are compared.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from functools import partial
 from typing import Any
@@ -24,49 +25,43 @@ from jax.sharding import PartitionSpec
 from benchmarks import machine
 from benchmarks.train_step import CLASSES, make_batch, make_config
 from mmljax.config import RunSize
-from mmljax.losses.collectives import own_proxies, own_samples
+from mmljax.losses.collectives import Axis
 from mmljax.losses.relations import RELATIONS, objective_sums
 from mmljax.mesh import AXIS, make_mesh, place
 from mmljax.numerics import l2_normalize
-from mmljax.training import optim, registry
-from mmljax.training import step as train_step
-from mmljax.training.trainer import assemble
+from mmljax.training import optim
+from mmljax.training.trainer import make_trainer
 
 
-def plain_step(config: Any, graphdef: Any, mesh: Any, optimizer: Any) -> Any:
-    """``(params, model_state, optimizer_state, key, batch) -> (the first three, norm)``."""
-    objectives = registry.make_objectives(config)
-    weights = [config.combination.weights[objective.name] for objective in objectives]
+def plain_step(trainer: Any, weights: list[float], mesh: Any, optimizer: Any) -> Any:
+    """``(params, model_state, optimizer_state, state, batch) -> (the first three, norm)``."""
+    objective = trainer.objective
 
-    def loss(params: Any, model_state: Any, key: Any, batch: Any) -> Any:
-        model = nnx.merge(graphdef, params["network"], model_state, copy=True)
+    def loss(params: Any, model_state: Any, state: Any, batch: Any) -> Any:
+        model = nnx.merge(trainer.graphdef, params["network"], model_state, copy=True)
         embeddings = model(batch.images, train=True)
-        points = {
-            "samples": own_samples(embeddings, batch.labels),
-            "proxies": own_proxies(
-                l2_normalize(params["proxies"]), classes=CLASSES, centers=config.centers
-            ),
-        }
-        context = train_step._context(points, batch.labels, objectives, key, centers=1)
+        unit, proxies = l2_normalize(embeddings), l2_normalize(params["proxies"])
+        points = objective._points(unit, proxies, batch.labels, batch.valid, state, Axis(None))
         total = jnp.zeros(())
-        for weight, objective in zip(weights, objectives, strict=True):
-            rows, columns = (points[kind] for kind in RELATIONS[objective.relation])
-            sums, (counts, _) = objective_sums(objective, rows, columns, context, row_block=0)
+        for weight, one in zip(weights, objective.objectives, strict=True):
+            rows, columns = (points.rows[kind] for kind in RELATIONS[one.relation])
+            sums, (counts, _) = objective_sums(one, rows, columns, points.context, row_block=0)
             total += weight * jnp.sum(sums / jnp.maximum(counts, 1))
         return total, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
     split, whole = PartitionSpec(AXIS), PartitionSpec()
-    layout = {"network": whole, "proxies": split, "weights": whole}
+    params_specs, state_specs = objective.partition_specs(AXIS)
+    layout = {"network": whole, **params_specs}
     gradients = jax.shard_map(
         jax.grad(loss, has_aux=True),
         mesh=mesh,
-        in_specs=(layout, whole, whole, split),
+        in_specs=(layout, whole, state_specs, split),
         out_specs=(layout, whole),
     )
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(params: Any, model_state: Any, optimizer_state: Any, key: Any, batch: Any) -> Any:
-        grads, model_state = gradients(params, model_state, key, batch)
+    def step(params: Any, model_state: Any, optimizer_state: Any, state: Any, batch: Any) -> Any:
+        grads, model_state = gradients(params, model_state, state, batch)
         updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
         norm = optax.tree.norm(grads["network"])
         return optax.apply_updates(params, updates), model_state, optimizer_state, norm
@@ -85,17 +80,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     config = make_config(options)
-    fixed = config.combination.__class__(**{**vars(config.combination), "name": "fixed"})
-    config = config.__class__(**{**vars(config), "combination": fixed})
+    fixed = dataclasses.replace(config.combination, name="fixed")
+    config = dataclasses.replace(config, combination=fixed)
     mesh = make_mesh(jax.devices()[:1])
-    trainer = assemble(config, classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh)
+    trainer = make_trainer(config, classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh)
     size = RunSize(options.batch_size, 25_882, trainer.total_steps)
     optimizer = optim.make_optimizer(config.optimizer, optim.make_schedules(config.optimizer, size))
     batch = place(make_batch(options), mesh)
     state = trainer.state
     held = jax.tree.map(jnp.copy, (state.params, state.model_state, state.optimizer_state))
-    plain = plain_step(config, trainer.graphdef, mesh, optimizer)
-    key = jnp.copy(state.key)
+    weights = [row.weight for row in config.objectives.values()]
+    plain = plain_step(trainer, weights, mesh, optimizer)
+    key = jax.tree.map(jnp.copy, state.objective)
     programs = {
         "with ledger": trainer.step.lower(state, batch).compile(),
         "plain": plain.lower(*held, key, batch).compile(),

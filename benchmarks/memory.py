@@ -27,7 +27,7 @@ from mmljax.losses.pair import multi_similarity_loss
 from mmljax.losses.proxy import proxy_anchor_loss
 from mmljax.losses.relations import Context, objective_sums
 from mmljax.numerics import l2_normalize
-from mmljax.types import Objective, PairMasks, Points
+from mmljax.types import BoundObjective, PairMasks, Points
 
 GIB = 2**30
 
@@ -45,8 +45,8 @@ def loss(embeddings: Any, proxies: Any, labels: Any, keys: Any, *, row_block: in
     miner = partial(sample_miner, margin=0.1)
     total = 0.0
     for objective, rows in (
-        (Objective("pair", "sample_to_sample", pair, miner, False), samples),
-        (Objective("proxy", "proxy_to_sample", proxy, None, False), classes),
+        (BoundObjective("pair", "sample_to_sample", pair, miner, False), samples),
+        (BoundObjective("proxy", "proxy_to_sample", proxy, None, False), classes),
     ):
         sums, (counts, _) = objective_sums(objective, rows, samples, context, row_block=row_block)
         total += jnp.sum(sums / jnp.maximum(counts, 1))

@@ -62,8 +62,8 @@ def _bytes(text: str) -> int:
 def compile_step(config: Any, *, classes: int, devices: int) -> tuple[Any, Any]:
     """``(compiled step, abstract state)`` on that many devices; no array is made."""
     from mmljax.mesh import make_mesh, rows_sharding
-    from mmljax.training import registry
-    from mmljax.training.trainer import assemble
+    from mmljax.training.state import shardings
+    from mmljax.training.trainer import make_trainer
     from mmljax.types import Batch
 
     mesh = make_mesh(jax.devices()[:devices])
@@ -71,18 +71,18 @@ def compile_step(config: Any, *, classes: int, devices: int) -> tuple[Any, Any]:
 
     def state() -> Any:
         nonlocal trainer
-        trainer = assemble(
+        trainer = make_trainer(
             config, classes=classes, channels=3, train_examples=10 * classes, mesh=mesh
         )
         return trainer.state
 
     shapes = jax.eval_shape(state)
+    assert trainer is not None
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        registry.state_shardings(shapes, mesh),
+        shardings(shapes, trainer.objective, mesh),
     )
-    assert trainer is not None
     size, side = config.data.batch_size, config.data.image_size
     rows = rows_sharding(mesh)
     batch = Batch(
@@ -95,10 +95,9 @@ def compile_step(config: Any, *, classes: int, devices: int) -> tuple[Any, Any]:
 
 def make_config(options: argparse.Namespace) -> Any:
     """The defaults with the sizes that are asked for."""
-    from configs import common
-    from mmljax.config import from_mapping
+    from mmljax.config import default_config, from_mapping
 
-    config = common.get_config()
+    config = default_config()
     config.model.backbone = options.backbone
     config.model.compute_dtype = "float32"
     config.data.image_size = options.image_size
@@ -127,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
     from benchmarks import machine
-    from mmljax.training.state_bytes import state_bytes
+    from mmljax.training.state import state_bytes
 
     config = make_config(options)
     program, state = compile_step(config, classes=options.classes, devices=options.devices)
