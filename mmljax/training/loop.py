@@ -14,7 +14,7 @@ import jax
 
 from mmljax.config import Config, to_dict
 from mmljax.data import load
-from mmljax.data.readers.in_shop import count_small_classes
+from mmljax.data.readers.splits import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import is_main_process, make_mesh, sync
 from mmljax.retrieval import records as protocol
