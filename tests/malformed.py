@@ -159,7 +159,7 @@ def bounding_boxes(random: Random, folder: Path) -> Attempt:
 
 def csv_list(random: Random, folder: Path) -> Attempt:
     """A CSV of paths, labels and splits."""
-    from mmljax.data.readers.folder import read_csv
+    from mmljax.data.readers.csv import read_csv
 
     rows = _rows()
     _images(folder, rows)
@@ -341,7 +341,7 @@ def image_skipped(random: Random, folder: Path) -> Attempt:
 
 def image_left_out(random: Random, folder: Path) -> Attempt:
     """An image of a folder that is embedded with ``--skip-corrupt``."""
-    from mmljax.data.readers.image_files import decodable
+    from mmljax.data.pipeline import decodable
 
     split = _split([photograph(random, "JPEG"), broken_image(random)], folder, random)
     return lambda: int((~decodable(split, _small_data())).sum())
@@ -372,7 +372,7 @@ def _split(images: list[bytes], folder: Path, random: Random) -> Any:
 
 def array_file(random: Random, folder: Path) -> Attempt:
     """An ``.npz`` of images, labels and splits."""
-    from mmljax.data.readers.in_shop import read_arrays
+    from mmljax.data.readers.arrays import read_arrays
 
     arrays: dict[str, Any] = {
         "images": random.integers(0, 256, (8, 6, 6)).astype(np.uint8),

@@ -84,8 +84,8 @@ def photographs(folder: Path) -> None:
         return
     from mmljax.data.synthetic.dataset import write_synthetic
 
-    write_synthetic(folder.parent / "drawn", SyntheticConfig(60, 40, 8, 64, 0))
-    for path in (folder.parent / "drawn").rglob("*.jpg"):
+    drawn = write_synthetic(folder.parent / "drawn", SyntheticConfig(60, 40, 8, 64, 0))
+    for path in drawn.rglob("*.jpg"):
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
         path.rename(folder / path.parent.name / path.name)
 

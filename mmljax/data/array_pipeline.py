@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 
 from mmljax.config import DataConfig
+from mmljax.data.limits import check_sizes
 from mmljax.data.sampling import check_batch, class_balanced_indices, class_index, ordered_indices
-from mmljax.errors import UserError
 from mmljax.types import Batch, Split
 
 _TRIES = 10
@@ -49,7 +49,7 @@ def train_batches(
 
     Returns:
       Batches of device arrays, images ``[b image_size image_size channels]`` uint8; each is made
-      while the one before it is in use.
+      while the previous one is in use.
 
     Raises:
       UserError: at once, if the classes cannot fill such a batch.
@@ -95,9 +95,9 @@ def eval_batches(
       label -1 that are not valid.
 
     Raises:
-      UserError: at once, if the crop is larger than the resized image.
+      UserError: at once, as ``check_sizes``.
     """
-    check_eval_size(config)
+    check_sizes(config, processes=jax.process_count())
 
     def make(step: int) -> Batch:
         size = config.eval_batch_size
@@ -122,26 +122,13 @@ def host_batch(split: Split, indices: Int[np.ndarray, " b"], images: np.ndarray)
 
 
 def one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """Yield each item only when the next one has been made, so that their work overlaps."""
+    """Yield each item once the next one is made, so that their work overlaps."""
     waiting: collections.deque[_T] = collections.deque()
     for item in items:
         waiting.append(item)
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
-
-
-def check_eval_size(config: DataConfig) -> None:
-    """Refuse an evaluation crop that is larger than the resized image.
-
-    Raises:
-      UserError: with both sizes.
-    """
-    if config.resize_size < config.image_size:
-        raise UserError(
-            f"--config.data.resize_size={config.resize_size} is below --config.data.image_size="
-            f"{config.image_size}; raise it to at least the size of the crop"
-        )
 
 
 @functools.partial(
@@ -228,7 +215,7 @@ def affine_matrix(
     Args:
       center: x and y of the crop's centre in the source, pixels from its upper left corner.
       size: width and height of the crop, pixels; a negative width mirrors it.
-      angle: radians; the picture turns anticlockwise about the crop's centre.
+      angle: radians; the picture turns anticlockwise about the centre of the crop.
       shear: tangent; the crop leans by this much of its height.
     """
     (x, y), (width, height), cos, sin = center, size, jnp.cos(angle), jnp.sin(angle)
@@ -243,7 +230,7 @@ def affine_matrix(
 def affine_resample(
     images: UInt8[Array, "b h w ch"], matrices: Float[Array, "b 2 3"], *, image_size: int
 ) -> UInt8[Array, "b s s ch"]:
-    """Bilinear resampling through a map per image; beyond its edge an image goes on as its edge.
+    """Bilinear resampling through a map per image; beyond an edge its pixels are repeated.
 
     Against aliasing, each pixel of the result is the mean of n x n evenly spaced samples within
     it, where n is the source's longer side over the result's, rounded up. So samples of a crop
@@ -273,7 +260,7 @@ def _sample(
     v: Float[Array, " s"],
 ) -> Float[Array, "s s ch"]:
     height, width, _ = image.shape
-    # Written out, not as a matrix product: accelerators round the factors of one.
+    # No matrix product here: accelerators round its factors.
     x, y = (
         matrix[:, 0, None, None] * u
         + matrix[:, 1, None, None] * v[:, None]
@@ -311,7 +298,7 @@ def _random_affine(
     heights = jnp.append(jnp.sqrt(area * jnp.exp(-log_ratio)), min(height, width / crop_ratio[0]))
     found = jnp.argmax((widths <= width) & (heights <= height))
     w, h = widths[found], heights[found]
-    # The fallback, last in the row, is cut at the centre.
+    # The fallback, last in the row, is cropped at the centre.
     along, down = jnp.where(found == _TRIES, 0.5, jnp.stack([along, down]))
     return affine_matrix(
         center=jnp.stack([along * (width - w) + w / 2, down * (height - h) + h / 2]),

@@ -2,52 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
 
-from mmljax.config import Config, choose
+from mmljax.config import Config, DataConfig, choose
+from mmljax.data.readers.arrays import read_arrays
+from mmljax.data.readers.csv import read_csv
+from mmljax.data.readers.folder import read_folder
+from mmljax.data.readers.in_shop import read_in_shop
+from mmljax.data.readers.tfds import read_tfds
+from mmljax.data.synthetic.dataset import read_synthetic, write_synthetic
 from mmljax.errors import UserError
 from mmljax.mesh import place, process_rows
 from mmljax.types import Batch, Dataset, Split
 
+Reader = Callable[[DataConfig], Dataset]
 
-def load_dataset(config: Config) -> Dataset:
+
+def _tfds(name: str) -> Reader:
+    return lambda data: read_tfds(name, data.directory, check_counts=data.check_counts)
+
+
+SOURCES: Mapping[str, Reader] = {
+    "synthetic": lambda data: read_synthetic(data.directory, data.synthetic),
+    "in_shop": lambda data: read_in_shop(data.directory),
+    "in_shop_high": lambda data: read_in_shop(data.directory, images="img_highres"),
+    "folder": lambda data: read_folder(data.directory, test_share=data.test_share),
+    "csv": lambda data: read_csv(data.directory),
+    "arrays": lambda data: read_arrays(data.directory),
+    "tfds_in_shop": _tfds("in_shop/low"),
+    "tfds_in_shop_high": _tfds("in_shop/high"),
+    "tfds_in_shop_cropped": _tfds("in_shop/cropped"),
+    "tfds_cub": _tfds("caltech_birds2011"),
+    "tfds_cars": _tfds("cars196"),
+    "tfds_sop": _tfds("stanford_online_products"),
+}
+"""The reader of each ``data.source``. No reader writes anything."""
+
+
+def load_dataset(config: Config, *, create: bool = True) -> Dataset:
     """The data set that ``config.data.source`` names.
+
+    Args:
+      config: of the run.
+      create: whether the source ``synthetic`` may write its images where they are absent, as
+        training does. Commands that only read pass False.
 
     Raises:
       UserError: on an unknown source or data that cannot be used.
     """
-    from mmljax.data.readers import folder, in_shop
-
-    def synthetic(directory: str) -> Dataset:
-        from mmljax.data.synthetic.dataset import write_synthetic
-
-        write_synthetic(directory, config.data.synthetic)
-        return in_shop.read_in_shop(directory)
-
-    def tfds(name: str) -> Callable[[str], Dataset]:
-        from mmljax.data.readers.tfds import read_tfds
-
-        return partial(read_tfds, name, check_counts=config.data.check_counts)
-
-    table: dict[str, Callable[[str], Dataset]] = {
-        "synthetic": synthetic,
-        "in_shop": in_shop.read_in_shop,
-        "in_shop_high": partial(in_shop.read_in_shop, images="img_highres"),
-        "folder": partial(folder.read_folder, test_share=config.data.test_share),
-        "csv": folder.read_csv,
-        "tfds_in_shop": tfds("in_shop/low"),
-        "tfds_in_shop_high": tfds("in_shop/high"),
-        "tfds_in_shop_cropped": tfds("in_shop/cropped"),
-        "tfds_cub": tfds("caltech_birds2011"),
-        "tfds_cars": tfds("cars196"),
-        "tfds_sop": tfds("stanford_online_products"),
-        "arrays": in_shop.read_arrays,
-    }
-    return choose(table, config.data.source, key="config.data.source")(config.data.directory)
+    data = config.data
+    read = choose(SOURCES, data.source, key="config.data.source")
+    if create and data.source == "synthetic":
+        write_synthetic(data.directory, data.synthetic)
+    return read(data)
 
 
 def image_channels(dataset: Dataset) -> int:

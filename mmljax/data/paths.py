@@ -1,19 +1,19 @@
 """Files and folders by name: local ones, and those of every file system that TensorFlow knows.
 
 A name with ``://`` in it, such as ``gs://bucket/data``, goes through ``tf.io.gfile``; any other one
-is local and needs no TensorFlow. All failures to read a file are ``OSError``; a folder that cannot
-be listed, though it is there, is a ``UserError``.
+is local and needs no TensorFlow. A file that cannot be read is an ``OSError``; a folder that exists
+and cannot be listed is a ``UserError``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from mmljax.data.tensorflow_devices import import_tensorflow
 from mmljax.errors import UserError
 
 _SHOWN = 200  # characters of a name in an error
@@ -22,21 +22,29 @@ _LISTINGS = 16  # folders listed at once: a bucket answers many questions as fas
 _T = TypeVar("_T")
 
 
+class Listing(NamedTuple):
+    """Names in a folder, each list sorted."""
+
+    files: list[str]
+    folders: list[str]
+    others: list[str]  # links that are broken or circular, and what is neither file nor folder
+
+
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a name is of a file system other than the local one."""
+    """Whether a name belongs to a file system other than the local one."""
     return "://" in os.fspath(path)
 
 
 def join(folder: str | os.PathLike[str], name: str) -> str:
-    """The path of what is called ``name``, with ``/``, below a folder."""
+    """The path of ``name`` below a folder, with ``/``."""
     return os.path.join(os.fspath(folder), name)
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a folder of that name."""
+    """Whether a folder of that name exists and can be reached."""
     if is_remote(path):
         return _remote(lambda gfile: gfile.isdir(os.fspath(path)))
-    return Path(path).is_dir()
+    return os.path.isdir(path)
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
@@ -46,7 +54,10 @@ def read(path: str | os.PathLike[str]) -> bytes:
       OSError: if it cannot be read.
     """
     if not is_remote(path):
-        return Path(path).read_bytes()
+        try:
+            return Path(path).read_bytes()
+        except ValueError as error:  # the name holds a NUL
+            raise OSError(str(error)) from error
 
     def contents(gfile: Any) -> bytes:
         with gfile.GFile(os.fspath(path), "rb") as file:
@@ -55,46 +66,55 @@ def read(path: str | os.PathLike[str]) -> bytes:
     return _remote(contents)
 
 
-def folders_in(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the folders in a folder, sorted; without those that a dot hides."""
-    if is_remote(folder):
-        listed = _listed(folder)
-        names = [
-            name.rstrip("/")
-            for name in listed
-            if name.endswith("/") or is_folder(join(folder, name))
-        ]
-    else:
-        names = [entry.name for entry in _entries(folder) if _is(entry.is_dir)]
-    return sorted(name for name in names if not name.startswith("."))
+def list_folder(folder: str | os.PathLike[str]) -> Listing:
+    """The names in a folder; none if it is absent.
 
+    On a remote file system that does not mark its folders, they are among the files.
 
-def files_in(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the files in a folder, sorted; none if there is no such folder.
-
-    On a remote file system that does not mark its folders, theirs are among them.
+    Raises:
+      UserError: if the folder cannot be listed.
     """
     if is_remote(folder):
-        return sorted(name for name in _listed(folder) if not name.endswith("/"))
-    return sorted(entry.name for entry in _entries(folder) if _is(entry.is_file))
+        names = _listed(folder)
+        inside = [name.rstrip("/") for name in names if name.endswith("/")]
+        return Listing(sorted(n for n in names if not n.endswith("/")), sorted(inside), [])
+    listing = Listing([], [], [])
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                kind = 0 if _is(entry.is_file) else 1 if _is(entry.is_dir) else 2
+                listing[kind].append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return listing
+    except (OSError, ValueError) as error:
+        raise _unlisted(folder, error) from error
+    return Listing(*map(sorted, listing))
 
 
-def files_in_each(folders: Iterable[str]) -> dict[str, list[str]]:
-    """``files_in`` of many folders, several at once."""
-    folders = list(folders)
+def list_each(folders: Sequence[str]) -> list[Listing]:
+    """``list_folder`` of many folders, several at once."""
     with ThreadPoolExecutor(_LISTINGS) as pool:
-        return dict(zip(folders, pool.map(files_in, folders), strict=True))
+        return list(pool.map(list_folder, folders))
+
+
+def folders_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones (``.name``) are left out."""
+    listing = list_folder(folder)
+    names = listing.folders
+    if is_remote(folder):
+        names = sorted([*names, *(n for n in listing.files if is_folder(join(folder, n)))])
+    return [name for name in names if not name.startswith(".")]
 
 
 def absent(root: str | os.PathLike[str], names: Sequence[str]) -> list[int]:
-    """Which names below ``root`` are of no file: their places, in order.
+    """Positions of the names below ``root`` that are not files, in order.
 
-    One listing per folder, as a call per file takes long.
+    Each folder is listed once, since a call per file takes long.
     """
     folders = [name.rpartition("/")[0] for name in names]
-    paths = {folder: join(root, folder) for folder in set(folders)}
-    listed = files_in_each(paths.values())
-    found = {folder: set(listed[path]) for folder, path in paths.items()}
+    distinct = sorted(set(folders))
+    listed = list_each([join(root, folder) for folder in distinct])
+    found = {folder: set(listing.files) for folder, listing in zip(distinct, listed, strict=True)}
     return [
         place
         for place, (folder, name) in enumerate(zip(folders, names, strict=True))
@@ -102,21 +122,23 @@ def absent(root: str | os.PathLike[str], names: Sequence[str]) -> list[int]:
     ]
 
 
-def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, ValueError) as error:
-        raise _unlisted(folder, error) from error
+def check_unicode(names: Iterable[str], *, where: str) -> None:
+    """Refuse names of files that are not valid UTF-8, which no record or table can hold.
+
+    Raises:
+      UserError: naming the first such name.
+    """
+    for name in names:
+        if name != name.encode(errors="replace").decode():
+            raise UserError(f"{where}: the name {name!r} is not valid UTF-8; rename the file")
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    """What an entry says; of a link in a circle, that it is nothing."""
-    with contextlib.suppress(OSError):
+    """The answer of a directory entry; False for a circular link."""
+    try:
         return kind()
-    return False
+    except OSError:
+        return False
 
 
 def _listed(folder: str | os.PathLike[str]) -> list[str]:
@@ -129,7 +151,7 @@ def _listed(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _unlisted(folder: str | os.PathLike[str], error: Exception) -> UserError:
-    """Of a folder whose name is too long or holds a NUL, or that one may not read."""
+    """The error for a folder that may not be read, or whose name is too long or holds a NUL."""
     name = os.fspath(folder)
     name = name if len(name) < _SHOWN else f"{name[:_SHOWN]}..."
     reason = getattr(error, "strerror", None) or error
@@ -137,15 +159,14 @@ def _unlisted(folder: str | os.PathLike[str], error: Exception) -> UserError:
 
 
 def _remote(call: Callable[[Any], _T]) -> _T:
-    """``call(tf.io.gfile)``, its errors as those of local files."""
+    """``call(tf.io.gfile)``, with its errors as those of local files."""
     try:
-        import tensorflow as tf
+        tf = import_tensorflow()
     except ImportError as error:
         raise UserError(
             f"names with :// are read by TensorFlow ({error}); pip install 'mmljax[data]', or copy "
             "the data to a local folder"
         ) from error
-    tf.config.set_visible_devices([], "GPU")
     try:
         return call(tf.io.gfile)
     except tf.errors.NotFoundError as error:

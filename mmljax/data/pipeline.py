@@ -3,6 +3,9 @@
 tf.data only reads, decodes and crops: which images a batch holds and every random number come
 from ``sampling``, as pure functions of ``(seed, step)`` and the position in the global batch. So
 the batches are the same for any number of threads and processes, and from any first step on.
+
+The pixels decoded at once are bounded. An image that takes more than its share of ``_BUDGET`` is
+not decoded within tf.data, but afterwards, when ``_BUDGET`` has room for it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tensorflow as tf
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mmljax.config import DataConfig, choose
 from mmljax.data import transforms
-from mmljax.data.array_pipeline import check_eval_size, host_batch, one_ahead
+from mmljax.data.array_pipeline import host_batch, one_ahead
+from mmljax.data.limits import PixelBudget, check_sizes
 from mmljax.data.sampling import (
     augmentation_numbers,
     check_batch,
@@ -30,19 +35,23 @@ from mmljax.data.sampling import (
     class_index,
     ordered_indices,
 )
+from mmljax.data.tensorflow_devices import import_tensorflow
 from mmljax.errors import UserError
 from mmljax.types import Batch, Split
 
-tf.config.set_visible_devices([], "GPU")
+import_tensorflow()
 
 _log = logging.getLogger(__name__)
 
-_Crop = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (contents, numbers) -> image
-_Others = Callable[[int], Int[np.ndarray, " m"]]  # what may take the place of an image
+_BUDGET = PixelBudget(2**27)  # about 1.2 GB: a pixel takes 9 bytes while it is decoded and resized
+_BATCHES = 2  # made at a time, so that no thread idles while a batch waits for its last image
+
+_Crop = Callable[..., tf.Tensor]  # (contents, numbers, decoded_pixels=most) -> image
+_Others = Callable[[int], Int[np.ndarray, " m"]]  # candidates to replace an image
 
 
 class _Undecodable(UserError):
-    """An image that could be read, but not decoded."""
+    """An image that was read, but cannot be decoded."""
 
 
 class _Rows(NamedTuple):
@@ -50,7 +59,7 @@ class _Rows(NamedTuple):
 
     indices: Int[np.ndarray, " r"]  # of the images in the split; -1 is padding
     contents: Any  # numpy [r] bytes: of a path, or of an encoded image
-    numbers: Float[np.ndarray, "r count"]  # what each image's random crop takes
+    numbers: Float[np.ndarray, "r count"]  # for the random crop of each image
 
 
 def train_batches(
@@ -67,10 +76,10 @@ def train_batches(
     Args:
       split: its images are paths (local, or of any file system that TensorFlow knows, such as
         ``gs://``), or the bytes of image files.
-      config: sizes, augmentation, threads. ``rotate`` and ``shear`` play no part. With ``corrupt``
-        ``skip`` the next image of the class that can be decoded takes the place of one that cannot
-        (in the order of the split, from the first on again after the last), under the same random
-        numbers, and a warning tells of each such image once.
+      config: sizes, augmentation, threads. ``rotate`` and ``shear`` are not used. With ``corrupt``
+        ``skip`` an image that cannot be decoded is replaced by the next one of its class that can
+        (in the order of the split, cyclic), under the same random numbers, with one warning per
+        such image.
       seed: not negative; the batch of a step depends on ``(seed, step)`` alone.
       steps: numbers of the batches to yield.
       rows: the part of the global batch that this process loads; no other row is read.
@@ -82,7 +91,7 @@ def train_batches(
 
     Raises:
       UserError: at once, if the classes cannot fill such a batch; while iterating, if an image
-        cannot be read, or cannot be decoded and is not to be skipped, or no other of its class can.
+        cannot be read, cannot be decoded and is not to be skipped, or has no replacement.
     """
     skip = choose({"error": False, "skip": True}, config.corrupt, key="config.data.corrupt")
     index = class_index(split.labels)
@@ -116,7 +125,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every image once, in order, resized and cropped at the centre.
 
-    None is ever skipped: scores of other images are those of another benchmark.
+    No image is ever skipped, since scores of other images belong to another benchmark.
 
     Args:
       split: as for ``train_batches``.
@@ -129,24 +138,53 @@ def eval_batches(
       label -1 that are not valid.
 
     Raises:
-      UserError: at once, if the crop is larger than the resized image; while iterating, if an
-        image cannot be read or decoded.
+      UserError: at once, as ``check_sizes``; while iterating, if an image cannot be read or
+        decoded.
     """
-    check_eval_size(config)
-    size = config.eval_batch_size
+    check_sizes(config, processes=jax.process_count())
+    plan, steps = _in_order(split, config, rows)
+    made = _read(split, plan, steps, crop=_center_crop(config), config=config)
+    return one_ahead(map(place, made))
 
-    def crop(contents: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+
+def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
+    """Which images can be read and decoded, each tried as an evaluation would decode it."""
+    crop = _center_crop(config)
+    decode = _decoder(_reader(split), crop, config)
+    plan, steps = _in_order(split, config, slice(None))
+    valid = np.zeros(len(split.labels), bool)
+    for rows in map(plan, steps):
+        decoded = decode(rows)[0].numpy()[1:]
+        found = rows.indices[decoded]
+        valid[found[found >= 0]] = True
+        for row in np.setdiff1d(np.arange(len(rows.indices)), decoded):
+            with contextlib.suppress(UserError):
+                _decode_one(split, int(rows.indices[row]), rows.numbers[row], crop=crop)
+                valid[rows.indices[row]] = True
+    return valid
+
+
+def _center_crop(config: DataConfig) -> _Crop:
+    def crop(contents: tf.Tensor, numbers: tf.Tensor, **options: int) -> tf.Tensor:
         del numbers
         return transforms.center_crop(
-            contents, resize_size=config.resize_size, image_size=config.image_size
+            contents, resize_size=config.resize_size, image_size=config.image_size, **options
         )
 
+    return crop
+
+
+def _in_order(
+    split: Split, config: DataConfig, rows: slice
+) -> tuple[Callable[[int], _Rows], range]:
+    """The rows of each evaluation batch, and the numbers of the batches."""
+
     def plan(step: int) -> _Rows:
+        size = config.eval_batch_size
         indices = ordered_indices(len(split.labels), batch_size=size, step=step)[rows]
         return _rows(split, indices, np.zeros((len(indices), transforms.NUMBERS)))
 
-    steps = range(-(-len(split.labels) // size))
-    return one_ahead(map(place, _read(split, plan, steps, crop=crop, config=config)))
+    return plan, range(-(-len(split.labels) // config.eval_batch_size))
 
 
 def _rows(split: Split, indices: Int[np.ndarray, " r"], numbers: np.ndarray) -> _Rows:
@@ -164,32 +202,31 @@ def _read(
     config: DataConfig,
     others: _Others | None = None,
 ) -> Iterator[Batch]:
-    """NumPy batches of the rows that are planned for each step, ``prefetch`` of them ahead.
+    """NumPy batches of the rows planned for each step, ``prefetch`` of them ahead.
 
-    Where an image cannot be decoded, one of ``others`` takes its place, if they are given.
+    An image that cannot be decoded is replaced by one of ``others``, if they are given.
     """
     decode = _decoder(_reader(split), crop, config)
 
     def make(step: int) -> tuple[Batch, dict[int, str]]:
         rows = plan(step)
         decoded, images = (tensor.numpy()[1:] for tensor in decode(rows))
-        if len(decoded) == len(rows.indices):
-            return host_batch(split, rows.indices, images), {}
-        images, skipped = _mend(split, rows, decoded, images, crop=crop, others=others)
+        images, skipped = _complete(
+            split, rows, decoded, images, crop=crop, others=others, threads=_threads(config)
+        )
         return host_batch(split, rows.indices, images), skipped
 
-    # Two batches at a time, so that no thread idles while a batch waits for its last image.
-    pool = concurrent.futures.ThreadPoolExecutor(2)
+    pool = concurrent.futures.ThreadPoolExecutor(_BATCHES)
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-    told: set[int] = set()
+    warned: set[int] = set()
 
     def finish() -> Batch:
         batch, skipped = pending.popleft().result()
         for image, why in skipped.items():
-            if image not in told:
-                told.add(image)
+            if image not in warned:
+                warned.add(image)
                 _log.warning(
-                    "%s; another image of its class takes its place (%d so far)", why, len(told)
+                    "%s; another image of its class takes its place (%d so far)", why, len(warned)
                 )
         return batch
 
@@ -207,20 +244,23 @@ def _read(
 def _decoder(
     read: Callable[[tf.Tensor], tf.Tensor], crop: _Crop, config: DataConfig
 ) -> Callable[[_Rows], tuple[tf.Tensor, tf.Tensor]]:
-    """Rows to those that could be decoded, ``[1 + m]``, and their images: one graph, traced once.
+    """A function from rows to those that were decoded, ``[1 + m]``, and their images.
 
-    Both begin with an entry that is none of the rows, so that they are never empty.
+    Both begin with an entry that is none of the rows, so that they are never empty. Images that
+    take more pixels than their share of the budget, or that cannot be decoded, are missing.
 
-    tf.data runs within the graph and calls no Python: an iterator over a Python generator can
-    block the interpreter's exit when it is left before its end.
+    tf.data runs within one graph, traced once, and calls no Python: an iterator over a Python
+    generator can block the interpreter's exit when it is not exhausted.
     """
+    threads = _threads(config)
+    share = _BUDGET.limit // (_BATCHES * threads)
     shape = [config.image_size, config.image_size, 3]
     nothing = -1, np.zeros(shape, np.uint8)
 
     def load(row: tf.Tensor, rows: _Rows) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.cond(
             rows.indices >= 0,
-            lambda: crop(read(rows.contents), rows.numbers),
+            lambda: crop(read(rows.contents), rows.numbers, decoded_pixels=share),
             lambda: tf.zeros(shape, tf.uint8),
         )
         return row, tf.ensure_shape(image, shape)
@@ -229,7 +269,6 @@ def _decoder(
     def decode(rows: _Rows) -> tuple[tf.Tensor, tf.Tensor]:
         count = len(rows.indices)
         dataset = tf.data.Dataset.from_tensor_slices((tf.range(count), rows))
-        threads = config.threads or os.cpu_count()
         dataset = dataset.map(load, num_parallel_calls=threads, deterministic=True)
         dataset = tf.data.Dataset.from_tensors(nothing).concatenate(dataset.ignore_errors())
         return dataset.batch(count + 1).get_single_element()
@@ -237,12 +276,16 @@ def _decoder(
     return decode
 
 
+def _threads(config: DataConfig) -> int:
+    return config.threads or os.cpu_count() or 1
+
+
 def _reader(split: Split) -> Callable[[tf.Tensor], tf.Tensor]:
     encoded = len(split.images) > 0 and isinstance(split.images[0], bytes)
     return tf.identity if encoded else tf.io.read_file
 
 
-def _mend(
+def _complete(
     split: Split,
     rows: _Rows,
     decoded: Int[np.ndarray, " m"],
@@ -250,24 +293,34 @@ def _mend(
     *,
     crop: _Crop,
     others: _Others | None,
+    threads: int,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """All images of a batch of which some failed, and why the ones were skipped that were.
+    """All images of a batch of which some are missing, and why some of them were replaced.
 
-    What fails depends on the image and its random numbers alone, so the batch does too.
+    Whether an image fails depends on it and on its random numbers alone, so the batch does too.
     """
+    missing = np.setdiff1d(np.arange(len(rows.indices)), decoded)
+    if not len(missing):
+        return images, {}
     whole = np.empty((len(rows.indices), *images.shape[1:]), np.uint8)
     whole[decoded] = images
-    skipped = {}
-    for row in np.setdiff1d(np.arange(len(whole)), decoded):
+
+    def decode(row: int) -> str:
         image, numbers = int(rows.indices[row]), rows.numbers[row]
         try:
             whole[row] = _decode_one(split, image, numbers, crop=crop)
         except _Undecodable as error:
             if others is None:
                 raise
-            skipped[image] = str(error)
             whole[row] = _decode_first(split, others(image), numbers, crop=crop, instead=error)
-    return whole, skipped
+            return str(error)
+        return ""
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        reasons = list(pool.map(decode, missing))
+    return whole, {
+        int(rows.indices[row]): why for row, why in zip(missing, reasons, strict=True) if why
+    }
 
 
 def _decode_first(
@@ -278,17 +331,21 @@ def _decode_first(
     crop: _Crop,
     instead: _Undecodable,
 ) -> np.ndarray:
-    """The first of some images that can be decoded."""
+    """The first of the candidates that can be decoded."""
     for image in candidates:
         with contextlib.suppress(_Undecodable):
             return _decode_one(split, int(image), numbers, crop=crop)
-    raise UserError(f"{instead}; nor can any other of its class")
+    raise UserError(f"{instead}; no other image of its class can be decoded")
 
 
 def _decode_one(
     split: Split, image: int, numbers: Float[np.ndarray, " count"], *, crop: _Crop
 ) -> np.ndarray:
-    """One image, or an error that names it and says what is wrong with it."""
+    """One image, decoded within the pixel budget.
+
+    Raises:
+      UserError: naming the image, if it cannot be read; an ``_Undecodable`` if not decoded.
+    """
     read = _reader(split)
     name = f"image {split.names[image]}"
     if read is tf.io.read_file:
@@ -305,12 +362,13 @@ def _decode_one(
         if height * width > transforms.MAX_PIXELS:
             raise _Undecodable(
                 f"{name} cannot be decoded: it states {width} x {height} pixels, and more than "
-                f"{transforms.MAX_PIXELS:,} are refused; store it smaller or take it off the data "
-                "set's list"
+                f"{transforms.MAX_PIXELS:,} are refused; store it smaller or remove it from the "
+                "data set's list"
             )
-        return crop(contents, tf.constant(numbers)).numpy()
+        with _BUDGET.taken(height * width):
+            return crop(contents, tf.constant(numbers)).numpy()
     except tf.errors.OpError as error:
         raise _Undecodable(
-            f"{name} cannot be decoded: its {len(contents.numpy())} bytes are no whole JPEG, PNG, "
-            "GIF or BMP image; fetch the file again or take it off the data set's list"
+            f"{name} cannot be decoded: its {len(contents.numpy())} bytes are not a whole JPEG, "
+            "PNG, GIF or BMP image; fetch the file again or remove it from the data set's list"
         ) from error

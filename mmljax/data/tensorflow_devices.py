@@ -1,18 +1,26 @@
-"""What TensorFlow may see of the machine: it only decodes images, the accelerators are JAX's."""
+"""TensorFlow without accelerators: it only decodes images, the accelerators belong to JAX."""
 
 from __future__ import annotations
 
+from typing import Any
+
+
+def import_tensorflow() -> Any:
+    """The module ``tensorflow``, with its GPUs hidden so that it takes no memory of them.
+
+    Raises:
+      ImportError: if TensorFlow is not installed.
+    """
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
 
 def visible_accelerators() -> list[str] | None:
-    """Accelerators that TensorFlow would take memory of; none is left once ``pipeline`` is loaded.
-
-    Returns:
-      Their names; None where TensorFlow is absent.
-    """
+    """Names of the accelerators that TensorFlow still sees; None if TensorFlow is not installed."""
     try:
-        import tensorflow as tf
-
-        from mmljax.data import pipeline as pipeline  # hides them
+        tf = import_tensorflow()
     except ImportError:
         return None
     return [

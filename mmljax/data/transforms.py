@@ -1,10 +1,9 @@
 """Decoding, cropping and augmenting one image, in TensorFlow.
 
-Nothing here draws random numbers: a random crop is a pure function of the file's bytes and of
-uniform numbers handed in. EXIF orientation is ignored; grey images become colour ones. An image
-whose header states more than ``MAX_PIXELS`` is refused before any of it is decoded. A JPEG is
-decoded at a half, a quarter or an eighth of its size where that leaves at least twice the pixels a
-side that are asked for; the resize that follows then starts from there.
+A random crop is a pure function of the file's bytes and of given uniform numbers. EXIF orientation
+is ignored; grey images become colour ones. An image whose header states more than ``MAX_PIXELS`` is
+refused before it is decoded. A JPEG is decoded at a half, a quarter or an eighth of its size where
+that leaves at least twice the wanted pixels a side; the resize then starts from there.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ NUMBERS = 2 * _TRIES + 3
 """How many uniform numbers ``random_crop`` takes."""
 
 _SCALES = np.array([1, 2, 4, 8], np.int32)  # by which a JPEG may be shrunk while it is decoded
-_OTHER = len(_SCALES)  # place of what is no JPEG
+_OTHER = len(_SCALES)  # branch of what is not a JPEG
 
 MAX_PIXELS = 2**30 // 6
-"""The largest image that is decoded: beyond it Pillow too speaks of a decompression bomb."""
+"""The largest image that is decoded; Pillow calls larger ones decompression bombs."""
 
 
 def random_crop(
@@ -37,6 +36,7 @@ def random_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: bool,
+    decoded_pixels: int = MAX_PIXELS,
 ) -> UInt8[tf.Tensor, "s s 3"]:
     """Decode only a random window of an image, resize it and perhaps mirror it.
 
@@ -45,27 +45,42 @@ def random_crop(
     first of ten draws that fits counts; else the largest window of an allowed shape, centred.
 
     Args:
-      contents: JPEG, PNG, BMP or GIF file (its first picture), a scalar string; anything else, and
-        what states more than ``MAX_PIXELS``, is a ``tf.errors.InvalidArgumentError``.
+      contents: JPEG, PNG, BMP or GIF file (its first picture), a scalar string.
       numbers: ``[NUMBERS]`` float64, uniform in [0, 1).
       image_size: side of the result, pixels.
       scale: least and greatest share of the area.
       ratio: least and greatest width over height.
       flip: whether to mirror when the last number is below a half.
+      decoded_pixels: the most pixels to decode; of a JPEG, those of the window at its scale.
 
     Returns:
       ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
+
+    Raises:
+      tf.errors.InvalidArgumentError: if the file cannot be decoded, states more than
+        ``MAX_PIXELS``, or takes more than ``decoded_pixels``.
     """
     contents, shape = _refuse_bombs(contents)
     window = _random_window(shape[0], shape[1], numbers, scale=scale, ratio=ratio)
-    image = _rectangle(contents, window[:2], window[2:], size=[image_size, image_size])
+    image = _rectangle(
+        contents,
+        shape,
+        corner=window[:2],
+        sides=window[2:],
+        size=[image_size, image_size],
+        decoded_pixels=decoded_pixels,
+    )
     if flip:
         image = tf.cond(numbers[-1] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
     return image
 
 
 def center_crop(
-    contents: Shaped[tf.Tensor, ""], *, resize_size: int, image_size: int
+    contents: Shaped[tf.Tensor, ""],
+    *,
+    resize_size: int,
+    image_size: int,
+    decoded_pixels: int = MAX_PIXELS,
 ) -> UInt8[tf.Tensor, "s s 3"]:
     """Decode an image, resize its short side and crop it at the centre.
 
@@ -73,13 +88,24 @@ def center_crop(
       contents: as for ``random_crop``.
       resize_size: short side before the crop, pixels.
       image_size: side of the result, pixels; at most ``resize_size``.
+      decoded_pixels: as for ``random_crop``.
 
     Returns:
       ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
+
+    Raises:
+      tf.errors.InvalidArgumentError: as ``random_crop``.
     """
     contents, shape = _refuse_bombs(contents)
     size = shape * resize_size // tf.reduce_min(shape)
-    image = _rectangle(contents, tf.zeros_like(shape), shape, size=size)
+    image = _rectangle(
+        contents,
+        shape,
+        corner=tf.zeros_like(shape),
+        sides=shape,
+        size=size,
+        decoded_pixels=decoded_pixels,
+    )
     top, left = tf.unstack((size - image_size) // 2)
     image = image[top : top + image_size, left : left + image_size]
     return tf.ensure_shape(image, [image_size, image_size, 3])
@@ -91,7 +117,7 @@ def stated_shape(contents: Shaped[tf.Tensor, ""]) -> Int[tf.Tensor, "2"]:
     Of a GIF it is the canvas, which all its pictures share.
 
     Raises:
-      tf.errors.InvalidArgumentError: if it is no JPEG, PNG, GIF or BMP file.
+      tf.errors.InvalidArgumentError: if it is not a JPEG, PNG, GIF or BMP file.
     """
 
     def number(start: int, kind: tf.DType, *, little_endian: bool) -> tf.Tensor:
@@ -108,10 +134,10 @@ def stated_shape(contents: Shaped[tf.Tensor, ""]) -> Int[tf.Tensor, "2"]:
         return tf.stack([number(at, tf.uint16, little_endian=True) for at in (8, 6)])
 
     def bmp() -> tf.Tensor:
-        known = tf.debugging.Assert(magic == b"BM", ["no JPEG, PNG, GIF or BMP file"])
+        known = tf.debugging.Assert(magic == b"BM", ["not a JPEG, PNG, GIF or BMP file"])
         with tf.control_dependencies([known]):
             sides = [number(at, tf.int32, little_endian=True) for at in (22, 18)]
-            return tf.abs(tf.stack(sides))  # a negative height: from the top down
+            return tf.abs(tf.stack(sides))  # a negative height means rows from the top down
 
     def other() -> tf.Tensor:
         return tf.case([(magic == b"\x89P", png), (magic == b"GI", gif)], default=bmp)
@@ -121,7 +147,7 @@ def stated_shape(contents: Shaped[tf.Tensor, ""]) -> Int[tf.Tensor, "2"]:
 
 
 def _refuse_bombs(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The contents and the stated shape, once it is known that they may be decoded."""
+    """The contents and the stated shape, once it is known not to exceed ``MAX_PIXELS``."""
     shape = stated_shape(contents)
     small = tf.debugging.Assert(tf.reduce_prod(shape) <= MAX_PIXELS, ["too large", shape])
     with tf.control_dependencies([small]):
@@ -157,7 +183,13 @@ def _random_window(
 
 
 def _rectangle(
-    contents: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor, *, size: Any
+    contents: tf.Tensor,
+    shape: tf.Tensor,
+    *,
+    corner: tf.Tensor,
+    sides: tf.Tensor,
+    size: Any,
+    decoded_pixels: int,
 ) -> UInt8[tf.Tensor, "h w 3"]:
     """A rectangle of an image, resized; its ``corner`` (top, left) and ``sides`` are pixels."""
     fits = tf.reduce_min(sides // size) >= 2 * _SCALES[1:]
@@ -166,6 +198,10 @@ def _rectangle(
     scale = tf.gather(np.append(_SCALES, _SCALES[:1]), which)
     first = corner // scale
     window = tf.concat([first, (corner + sides + scale - 1) // scale - first], axis=0)
+    pixels = tf.reduce_prod(tf.where(tf.io.is_jpeg(contents), window[2:], shape))
+    few = tf.debugging.Assert(pixels <= decoded_pixels, ["too many pixels to decode", pixels])
+    with tf.control_dependencies([few]):
+        contents = tf.identity(contents)
 
     def decode(ratio: int) -> tf.Tensor:
         return tf.image.decode_and_crop_jpeg(
@@ -177,16 +213,23 @@ def _rectangle(
         return _decode_other(contents)[top : top + height, left : left + width]
 
     image = tf.switch_case(which, [*(partial(decode, int(ratio)) for ratio in _SCALES), other])
-    raised = tf.cast(image, tf.float32) + 0.5  # so that cutting off the fraction rounds
+    raised = tf.cast(image, tf.float32) + 0.5  # the cast to uint8 truncates, so this rounds
+    return tf.cast(_resize(raised, corner, sides, size=size, scale=scale), tf.uint8)
+
+
+def _resize(
+    image: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor, *, size: Any, scale: tf.Tensor
+) -> Float[tf.Tensor, "h w 3"]:
+    """The rectangle of ``_rectangle`` from its pixels, which were decoded at 1 / ``scale``."""
 
     def plain() -> tf.Tensor:  # faster, and the same where both sides grow
-        return tf.image.resize(raised, size, method="bilinear")
+        return tf.image.resize(image, size, method="bilinear")
 
     def antialiased() -> tf.Tensor:
         factor = tf.cast(size * scale / sides, tf.float32)
-        offset = tf.cast((first * scale - corner) / scale, tf.float32)
+        offset = tf.cast((corner // scale * scale - corner) / scale, tf.float32)
         return tf.raw_ops.ScaleAndTranslate(
-            images=raised[None],
+            images=image[None],
             size=size,
             scale=factor,
             translation=offset * factor,
@@ -194,8 +237,7 @@ def _rectangle(
             antialias=True,
         )[0]
 
-    grows = tf.reduce_all(sides <= size)
-    return tf.cast(tf.cond(grows, plain, antialiased), tf.uint8)
+    return tf.cond(tf.reduce_all(sides <= size), plain, antialiased)
 
 
 def _decode_other(contents: tf.Tensor) -> tf.Tensor:

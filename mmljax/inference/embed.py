@@ -153,7 +153,7 @@ def embed_images(
     except UserError as error:
         if not skip_corrupt:
             raise UserError(f"{error}; --skip-corrupt leaves out such images") from error
-        from mmljax.data.readers.image_files import decodable
+        from mmljax.data.pipeline import decodable
 
         kept = decodable(split, trained.config.data)
         if kept.all():

@@ -6,7 +6,6 @@ rules. The records of a run are its ``queries.npz``, of its last evaluation.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -18,16 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mmljax.data.fingerprint import fingerprint_contents, fingerprint_names
 from mmljax.errors import UserError
 
 if TYPE_CHECKING:  # at run time they would bring jax, which readers of records do without
     from mmljax.config import Config
     from mmljax.retrieval.evaluate import Retrieval
-    from mmljax.types import Dataset, Split
+    from mmljax.types import Dataset
 
 QUERIES = "queries.npz"
 
-_SAMPLES = 16  # images of which the contents are part of the stamp
 _UNREADABLE = (
     *(OSError, KeyError, TypeError, ValueError, EOFError, RecursionError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError),
@@ -73,11 +72,11 @@ def make_stamp(dataset: Dataset, config: Config) -> dict[str, Any]:
     query, gallery = dataset.query, dataset.gallery
     splits = [query] if gallery is None else [query, gallery]
     return {
-        "data": _fingerprint(splits),
+        "data": fingerprint_names(splits),
         "queries": len(query.labels),
         "gallery": "the other queries" if gallery is None else len(gallery.labels),
         "items": len(np.unique(np.concatenate([split.labels for split in splits]))),
-        "images": _contents(query),
+        "images": fingerprint_contents(query),
         "resize": config.data.resize_size,
         "crop": config.data.image_size,
         "precision": f"{config.model.compute_dtype} network, float32 similarities",
@@ -163,37 +162,3 @@ def _check_records(records: Records) -> None:
         ]
     if not all(fits):
         raise ValueError("its arrays do not fit one another")
-
-
-def _fingerprint(splits: list[Split]) -> str:
-    """Sixteen hexadecimal digits of which images there are, and which show one item."""
-    digest = hashlib.sha256()
-    numbers: dict[int, int] = {}  # of the items, as they first appear
-    for split in splits:
-        names = np.asarray(split.names).astype(str)
-        order = np.argsort(names, kind="stable")
-        digest.update(f"split of {len(names)}\n".encode())
-        for name, label in zip(names[order].tolist(), split.labels[order].tolist(), strict=True):
-            digest.update(f"{numbers.setdefault(label, len(numbers))} {name}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _contents(split: Split) -> str:
-    """Sixteen hexadecimal digits of a few images as they are stored."""
-    from mmljax.data.paths import read
-
-    names = np.asarray(split.names).astype(str)
-    order = np.argsort(names, kind="stable")
-    digest = hashlib.sha256()
-    for place in np.unique(np.linspace(0, len(order) - 1, _SAMPLES).round().astype(int)):
-        image = split.images[order[place]]
-        if isinstance(image, str):
-            try:
-                image = read(image)
-            except OSError as error:
-                raise UserError(f"image {image} cannot be read ({error}); fetch it again") from None
-        elif isinstance(image, np.ndarray):
-            digest.update(str(image.shape).encode())
-            image = image.tobytes()
-        digest.update(hashlib.sha256(image).digest())
-    return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mmljax.config import Config, from_mapping, to_dict
 from mmljax.data import load
-from mmljax.data.readers.in_shop import count_small_classes
+from mmljax.data.readers.splits import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import is_main_process, make_mesh, sync
 from mmljax.retrieval import records

@@ -254,7 +254,7 @@ def test_an_image_that_does_not_decode_is_named(files, contents, encoded):
     with pytest.raises(UserError) as caught:
         _eval(split)
     assert str(caught.value).startswith(
-        f"image 13.jpg{where} cannot be decoded: its {len(data)} bytes are no whole JPEG"
+        f"image 13.jpg{where} cannot be decoded: its {len(data)} bytes are not a whole JPEG"
     )
 
 
@@ -304,7 +304,9 @@ def test_a_cut_image_counts_as_corrupt_only_where_its_crop_needs_the_rest(files)
 
 def test_a_class_without_any_sound_image_stops_the_training(files):
     _spoil(files, *range(12, 18))
-    with pytest.raises(UserError, match=r"cannot be decoded: .*; nor can any other of its class"):
+    with pytest.raises(
+        UserError, match=r"cannot be decoded: .*; no other image of its class can"
+    ):
         _train(files, steps=range(12), corrupt="skip")
 
 
@@ -373,7 +375,7 @@ def test_other_kinds_of_files_are_refused(files):
     buffer = io.BytesIO()
     Image.fromarray(_picture(30, 30, seed=0)).save(buffer, "WEBP")
     _spoil(files, 13, contents=buffer.getvalue())
-    with pytest.raises(UserError, match=r"13\.jpg .*are no whole JPEG, PNG, GIF or BMP image"):
+    with pytest.raises(UserError, match=r"13\.jpg .*are not a whole JPEG, PNG, GIF or BMP image"):
         _eval(files)
 
 

@@ -1,4 +1,4 @@
-"""The generated garments: the same for a seed, hard by pixels, safe to write."""
+"""The generated garments: equal for a seed, hard to tell by pixels, never overwritten."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmljax.config import SyntheticConfig
-from mmljax.data.readers.in_shop import PARTITION, read_in_shop
+from configs import quickstart
+from mmljax.config import SyntheticConfig, from_mapping
+from mmljax.data.load import load_dataset
+from mmljax.data.readers.in_shop_list import PARTITION
 from mmljax.data.synthetic import dataset as synthetic
-from mmljax.data.synthetic.dataset import synthetic_images, write_synthetic
+from mmljax.data.synthetic.dataset import (
+    read_synthetic,
+    synthetic_folder,
+    synthetic_images,
+    write_synthetic,
+)
 from mmljax.errors import UserError
 
 CONFIG = SyntheticConfig(train_items=5, test_items=4, views=3, image_size=24, seed=3)
@@ -54,9 +61,8 @@ def test_neither_pixels_nor_colours_find_the_item() -> None:
 def test_layout_reads_back(tmp_path: Path) -> None:
     import tensorflow as tf
 
-    root = tmp_path / "deep" / "set"
-    write_synthetic(root, CONFIG)
-    data = read_in_shop(root)
+    folder = write_synthetic(tmp_path / "deep" / "set", CONFIG)
+    data = read_synthetic(tmp_path / "deep" / "set", CONFIG)
     assert data.gallery is not None
     assert data.classes == 5
     assert np.bincount(data.train.labels).tolist() == [3] * 5
@@ -69,96 +75,137 @@ def test_layout_reads_back(tmp_path: Path) -> None:
     drawn = synthetic_images(CONFIG)[0][6, 0]  # the first query of the second test item
     assert image.shape == (24, 24, 3)
     assert np.abs(image.astype(int) - drawn).mean() < 12
-    assert [p.name for p in root.parent.iterdir()] == ["set"]  # nothing else is left behind
+    assert list((tmp_path / "deep").iterdir()) == [folder.parent]  # nothing else is left behind
+    assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_complete_set_is_kept_and_another_config_remakes_it(tmp_path: Path) -> None:
+def test_a_complete_set_is_kept_and_another_config_has_its_own_folder(tmp_path: Path) -> None:
+    first = write_synthetic(tmp_path, CONFIG)
+    before = contents(tmp_path)
+    times = {p: p.stat().st_mtime_ns for p in first.rglob("*")}
+    assert write_synthetic(tmp_path, CONFIG) == first
+    for change in ({"seed": 9}, {"views": 2}, {"image_size": 16}):
+        other = write_synthetic(tmp_path, dataclasses.replace(CONFIG, **change))
+        assert other.parent == first.parent
+        assert not contents(other).items() <= contents(first).items()
+    assert len(list(tmp_path.iterdir())) == 4
+    assert {p: p.stat().st_mtime_ns for p in first.rglob("*")} == times
+    assert contents(tmp_path).items() >= before.items()
+
+
+def test_reading_never_writes(tmp_path: Path) -> None:
+    other = dataclasses.replace(CONFIG, seed=8)
     write_synthetic(tmp_path / "set", CONFIG)
     before = contents(tmp_path)
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*")}
-    write_synthetic(tmp_path / "set", CONFIG)
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*")} == times
-    write_synthetic(tmp_path / "set", dataclasses.replace(CONFIG, seed=9))
-    assert contents(tmp_path) != before
-    write_synthetic(tmp_path / "set", CONFIG)
+    for directory, config in ((tmp_path / "set", other), (tmp_path / "typo", CONFIG)):
+        with pytest.raises(UserError) as error:
+            read_synthetic(directory, config)
+        assert str(error.value).startswith(f"--config.data.directory={str(directory)!r} lacks")
+        assert f"mmljax train --config CONFIG --config.data.directory={directory}" in str(
+            error.value
+        )
     assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_only_a_caller_that_may_create_writes(tmp_path: Path) -> None:
+    mapping = quickstart.get_config()
+    mapping.data.directory = str(tmp_path / "set")
+    mapping.data.synthetic = dataclasses.asdict(CONFIG)
+    config = from_mapping(mapping)
+    with pytest.raises(UserError, match="only training writes them: mmljax train --config"):
+        load_dataset(config, create=False)
+    assert list(tmp_path.iterdir()) == []
+    made = load_dataset(config)
+    read = load_dataset(config, create=False)
+    assert made.train.images.tolist() == read.train.images.tolist()
 
 
 @pytest.mark.parametrize("lost", ["image", "list", "folder"])
-def test_an_incomplete_set_is_remade(tmp_path: Path, lost: str) -> None:
-    root = tmp_path / "set"
-    write_synthetic(root, CONFIG)
-    before = contents(root)
+def test_an_incomplete_set_is_made_again(tmp_path: Path, lost: str) -> None:
+    folder = write_synthetic(tmp_path, CONFIG)
+    before = contents(folder)
     if lost == "image":
-        next(root.rglob("*.jpg")).unlink()
+        next(folder.rglob("*.jpg")).unlink()
     elif lost == "list":
-        (root / PARTITION).unlink()
+        (folder / PARTITION).unlink()
     else:
-        shutil.rmtree(root / "Img")
-    write_synthetic(root, CONFIG)
-    assert contents(root) == before
+        shutil.rmtree(folder / "Img")
+    with pytest.raises(UserError, match="lacks the generated images"):
+        read_synthetic(tmp_path, CONFIG)
+    write_synthetic(tmp_path, CONFIG)
+    assert contents(folder) == before
 
 
-def test_an_interrupted_call_leaves_no_half(
+def test_an_interrupted_call_leaves_no_partial_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    root = tmp_path / "set"
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "_put", lambda *_, **__: stop())
+        patch.setattr(synthetic, "_put", stop)
         with pytest.raises(KeyboardInterrupt):
-            write_synthetic(root, CONFIG)
+            write_synthetic(tmp_path, CONFIG)
     assert list(tmp_path.iterdir()) == []
-    write_synthetic(root, CONFIG)
-    read_in_shop(root)
+    write_synthetic(tmp_path, CONFIG)
+    read_synthetic(tmp_path, CONFIG)
 
 
-def test_a_faster_process_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "set"
+def test_the_set_of_a_faster_process_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = synthetic_folder(tmp_path, CONFIG)
     write = synthetic._write
-    marker = []
+    inodes = []
 
     def slower(directory: Path, config: SyntheticConfig) -> None:
         write(directory, config)
-        write(root, config)  # the other process is done first
-        marker.append(root.stat().st_ino)
+        write(folder, config)  # the other process finishes first
+        inodes.append(folder.stat().st_ino)
 
     monkeypatch.setattr(synthetic, "_write", slower)
-    write_synthetic(root, CONFIG)
-    assert [root.stat().st_ino] == marker
+    write_synthetic(tmp_path, CONFIG)
+    assert [folder.stat().st_ino] == inodes
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_a_users_own_directory_is_refused(tmp_path: Path, marked: bool) -> None:
-    root = tmp_path / "mine"
-    if marked:
-        write_synthetic(root, CONFIG)
-    root.mkdir(exist_ok=True)
-    (root / "holiday.jpg").write_bytes(b"dear")
-    before = contents(root)
-    with pytest.raises(UserError, match=r"--config.data.directory=.*holds 'holiday.jpg'"):
-        write_synthetic(root, dataclasses.replace(CONFIG, seed=8))
-    assert contents(root) == before
+def test_what_was_not_generated_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"dear")
+    folder = write_synthetic(tmp_path, CONFIG)  # beside it
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"dear"
+    (folder / "holiday.jpg").write_bytes(b"dear")
+    (folder / PARTITION).unlink()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"holds 'holiday.jpg'.*another --config.data.directory"):
+        write_synthetic(tmp_path, CONFIG)
+    assert contents(tmp_path) == before
 
 
-def test_an_empty_directory_is_used_and_a_link_kept(tmp_path: Path) -> None:
-    (tmp_path / "disk" / "empty").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+def test_a_link_to_a_directory_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
     write_synthetic(tmp_path / "link", CONFIG)
     assert (tmp_path / "link").is_symlink()
-    read_in_shop(tmp_path / "disk" / "empty")
+    read_synthetic(tmp_path / "disk", CONFIG)
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is a file"):
-        write_synthetic(tmp_path / "file", CONFIG)
-    with pytest.raises(UserError, match="cannot be written"):
-        write_synthetic(tmp_path / "file" / "below", CONFIG)
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_synthetic(tmp_path / place, CONFIG)
+    synthetic_folder(tmp_path, CONFIG).write_text("x")
+    with pytest.raises(UserError, match="is a file; name another --config.data.directory"):
+        write_synthetic(tmp_path, CONFIG)
     with pytest.raises(UserError, match="--config.data.directory is empty"):
         write_synthetic("", CONFIG)
+
+
+def test_images_beyond_the_memory_are_refused_at_once(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, image_size=10**6)
+    with pytest.raises(UserError, match=r"27 images of 1000000 pixels a side needs .* GiB of mem"):
+        write_synthetic(tmp_path, config)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from test_loop import make_config
 
 from mmljax.config import CheckpointConfig, Config
 from mmljax.data import load
-from mmljax.data.readers.in_shop import from_arrays
+from mmljax.data.readers.arrays import from_arrays
 from mmljax.training import checks
 from mmljax.training.trainer import Trainer
 from mmljax.types import Dataset

@@ -1,27 +1,34 @@
-"""Image files that belong to no data set: which there are, and which of them can be decoded."""
+"""Lists of image files that belong to no data set."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
 
-from mmljax.config import DataConfig
+from mmljax.data.paths import check_unicode, list_folder
 from mmljax.errors import UserError
 from mmljax.types import Split
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
 
+_SHOWN = 3  # names in the warning of what is left out
+
+_log = logging.getLogger(__name__)
+
 
 def list_images(paths: Sequence[str | os.PathLike[str]], *, flag: str) -> Split:
-    """Images by their paths: of files, and of all folders below a folder.
+    """Image files by their paths, and those in all folders below a folder.
+
+    Left out with one warning, which counts them and names the first: links to folders (they are
+    not followed), and images that are broken or circular links, or no regular files.
 
     Args:
-      paths: files, which must be there, and folders, of which the files of ``SUFFIXES`` count
-        (in any case of letters; hidden ones do not). Links to folders are not followed.
+      paths: files, which must exist, and folders, of which the files of ``SUFFIXES`` count
+        (in any case of letters; hidden ones do not).
       flag: that names the paths, for errors.
 
     Returns:
@@ -30,64 +37,74 @@ def list_images(paths: Sequence[str | os.PathLike[str]], *, flag: str) -> Split:
       Labels are -1.
 
     Raises:
-      UserError: if a path is absent, there is no image, or a name is not Unicode.
+      UserError: if a path is absent, a folder cannot be listed, there is no image, or a name is
+        not valid UTF-8.
     """
     found: list[tuple[str, str]] = []
+    left_out: list[str] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = _below(path)
+        if os.path.isdir(path):
+            inside, others = _below(path)
+            left_out += [str(path / name) for name in others]
             if not inside:
+                warn_left_out(_log, flag, left_out)
                 raise UserError(
                     f"{flag}: {path} holds no image; the names of images end in "
                     f"{', '.join(SUFFIXES)}"
                 )
             root = "" if len(paths) == 1 else path.as_posix() + "/"
             found += [(str(path / name), root + name) for name in inside]
-        elif path.is_file():
+        elif os.path.isfile(path):
             found.append((str(path), path.as_posix()))
         else:
-            raise UserError(f"{flag}: {path} does not exist; name an image or a folder of images")
-    for _, name in found:
-        if name != name.encode(errors="replace").decode():
-            raise UserError(f"{flag}: the name {name!r} is no Unicode text; rename the file")
+            raise UserError(
+                f"{flag}: {str(path)[:200]} does not exist or cannot be reached; name an image or "
+                "a folder of images"
+            )
+    check_unicode((name for _, name in found), where=flag)
+    warn_left_out(_log, flag, left_out)
     images, names = (np.array(column) for column in zip(*found, strict=True))
     return Split(images, np.full(len(found), -1, np.int32), names)
 
 
-def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
-    """Which images can be read and decoded, each tried as an evaluation would decode it."""
-    import tensorflow as tf
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name counts as an image: by its suffix, and not hidden."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
-    from mmljax.data import pipeline as pipeline  # hides the accelerators from TensorFlow
-    from mmljax.data import transforms
 
-    encoded = isinstance(split.images[0], bytes)
-    read = tf.identity if encoded else tf.io.read_file
-    contents = np.empty(len(split.images), object)
-    contents[:] = [os.fsencode(image) for image in split.images]
+def warn_left_out(log: logging.Logger, where: str, names: Sequence[str]) -> None:
+    """One warning that counts the links and special files that are left out, and names the first.
 
-    def attempt(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image = transforms.center_crop(
-            read(contents), resize_size=config.resize_size, image_size=config.image_size
+    Args:
+      log: that takes the warning.
+      where: the flag that named the folder.
+      names: of what is left out; no warning if empty.
+    """
+    if names:
+        shown = [name.encode(errors="replace").decode() for name in names[:_SHOWN]]
+        more = ", ..." if len(names) > _SHOWN else ""
+        log.warning(
+            "%s: left out %d that are broken, circular or folder links, or no files: %s%s",
+            *(where, len(names), ", ".join(shown), more),
         )
-        return row, tf.reduce_max(image)  # of which nobody asks, but so it must be decoded
-
-    rows = tf.data.Dataset.from_tensor_slices((np.arange(len(contents)), contents))
-    threads = config.threads or os.cpu_count()
-    rows = rows.map(attempt, num_parallel_calls=threads).ignore_errors()
-    valid = np.zeros(len(contents), bool)
-    valid[[row for row, _ in rows.as_numpy_iterator()]] = True
-    return valid
 
 
-def _below(folder: Path) -> list[str]:
-    names = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(root).relative_to(folder)
-        names += [
-            (inside / name).as_posix()
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def _below(folder: Path) -> tuple[list[str], list[str]]:
+    """Paths below a folder, with ``/``: of its images, and of what is left out; both sorted."""
+    names: list[str] = []
+    left_out: list[str] = []
+    waiting = [""]
+    while waiting:
+        parent = waiting.pop()
+        listing = list_folder(folder / parent)
+        names += [parent + name for name in listing.files if is_image_name(name)]
+        left_out += [
+            parent + name
+            for name in listing.others
+            if is_image_name(name) or ("." not in name and os.path.islink(folder / parent / name))
         ]
-    return sorted(names)
+        for name in listing.folders:
+            if not name.startswith("."):
+                link = os.path.islink(folder / parent / name)
+                (left_out if link else waiting).append(parent + name + ("" if link else "/"))
+    return sorted(names), sorted(left_out)

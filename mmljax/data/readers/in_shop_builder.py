@@ -1,7 +1,7 @@
 """TFDS builder of the In-Shop Clothes Retrieval benchmark, from a manual download.
 
 ``prepare`` writes the images' bytes into a few large files, which a network file system or a
-bucket serves faster than 52,712 small ones; ``tfds_sources.read_tfds`` reads them.
+bucket serves faster than 52,712 small ones; ``readers.tfds.read_tfds`` reads them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from mmljax.data import paths as files
 from mmljax.data.readers.in_shop import read_in_shop
 from mmljax.data.readers.in_shop_list import (
     BOXES,
-    SPLITS,
     Box,
     InShopRow,
     read_in_shop_boxes,
     read_in_shop_list,
 )
+from mmljax.data.readers.splits import SPLITS
+from mmljax.data.tensorflow_devices import import_tensorflow
 from mmljax.errors import UserError
+from mmljax.text import one_line
 from mmljax.types import Split
 
-tf.config.set_visible_devices([], "GPU")
+import_tensorflow()
 
 IMAGES = {"train": 25_882, "query": 14_218, "gallery": 12_612}
 """Images of each split of the benchmark."""
@@ -41,7 +43,7 @@ ITEMS = {"train": 3_997, "query": 3_985, "gallery": 3_985}
 _JPEG_QUALITY = 95  # of cropped images, which must be encoded again
 
 _WHERE = (
-    "ask for them as https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html says; "
+    "request them: https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html; "
     "manual_dir is the folder that holds Eval/list_eval_partition.txt and, unpacked, Img/img/"
 )
 
@@ -55,7 +57,7 @@ class InShopVariant(tfds.core.BuilderConfig):
 
 
 class InShop(tfds.core.GeneratorBasedBuilder):
-    """Photographs of clothes, by item; test items are unseen in training."""
+    """Photographs of clothes by item; test items are unseen in training."""
 
     BUILDER_CONFIGS = [
         InShopVariant(name="low", description="Img/img/: the usual download, 256 px."),
@@ -67,7 +69,7 @@ class InShop(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Splits train, query and gallery; the class is the item id."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f"The images come under an agreement: {_WHERE}"
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"The images need an agreement: {_WHERE}"
 
     # TFDS 4.9.10 looks for this with importlib_resources, which nothing it requires installs.
     code_path = tfds.core.as_path(__file__)
@@ -133,7 +135,7 @@ def prepare(
     check_counts: bool = True,
     file_format: str = "tfrecord",
 ) -> None:
-    """Write the benchmark below ``data_dir``; nothing happens if it is there already.
+    """Write the benchmark below ``data_dir``; nothing is written if it exists there already.
 
     Args:
       manual_dir: the folder that holds ``Img/`` and ``Eval/``, local or remote.
@@ -147,19 +149,25 @@ def prepare(
         from its files.
 
     Raises:
-      UserError: as ``sources.read_in_shop`` and ``in_shop_list.read_in_shop_boxes``, if the counts
-        are not the benchmark's, or an image has no box.
+      UserError: as ``read_in_shop`` and ``read_in_shop_boxes``; if the counts are not the
+        benchmark's, an image has no box, or ``data_dir`` cannot be written.
     """
     choose({name: name for name in InShop.builder_configs}, variant, key="variant")
     if not files.is_folder(manual_dir):
-        raise UserError(f"manual_dir={os.fspath(manual_dir)!r} is no directory; {_WHERE}")
-    builder = InShop(data_dir=os.fspath(data_dir), config=variant, file_format=file_format)
-    builder.check_counts = check_counts
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(
-            manual_dir=os.fspath(manual_dir), try_download_gcs=False
+        raise UserError(f"manual_dir={os.fspath(manual_dir)!r} is not a directory; {_WHERE}")
+    try:
+        builder = InShop(data_dir=os.fspath(data_dir), config=variant, file_format=file_format)
+        builder.check_counts = check_counts
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(
+                manual_dir=os.fspath(manual_dir), try_download_gcs=False
+            )
         )
-    )
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(
+            f"data_dir={os.fspath(data_dir)!r} cannot be written ({one_line(error)}); name a "
+            "directory on a disk with room, where you may write"
+        ) from error
 
 
 def _check_counts(rows: list[InShopRow], directory: str | os.PathLike[str]) -> None:
@@ -170,8 +178,8 @@ def _check_counts(rows: list[InShopRow], directory: str | os.PathLike[str]) -> N
             if found[split] != wanted[split]:
                 raise UserError(
                     f"{os.fspath(directory)}: {found[split]} {what} in {split}, but the benchmark "
-                    f"has {wanted[split]}; fetch it again, or pass check_counts=False for other "
-                    "data in its layout"
+                    f"has {wanted[split]}; fetch it again, or add --no-check-counts (in Python "
+                    "check_counts=False) for other data in its layout"
                 )
 
 
@@ -187,10 +195,10 @@ def _check_boxes(
 
 
 def _cropped(path: str, box: Box) -> bytes:
-    """A JPEG of what lies in the box.
+    """A JPEG of the part of an image inside the box.
 
     Raises:
-      UserError: if the image cannot be decoded, or none of it lies there.
+      UserError: if the image cannot be decoded, or the box is outside of it.
     """
     try:
         image = tf.io.decode_jpeg(files.read(path), channels=3, dct_method="INTEGER_ACCURATE")
@@ -199,7 +207,7 @@ def _cropped(path: str, box: Box) -> bytes:
     inside = image[box.top : box.bottom, box.left : box.right]
     if not tf.size(inside):
         raise UserError(
-            f"image {path}: its box {tuple(box)} lies beyond its {image.shape[1]} x "
+            f"image {path}: its box {tuple(box)} is beyond its {image.shape[1]} x "
             f"{image.shape[0]} pixels; the boxes are those of the images of low resolution"
         )
     encoded = tf.io.encode_jpeg(inside, quality=_JPEG_QUALITY, chroma_downsampling=False)

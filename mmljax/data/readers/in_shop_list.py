@@ -1,4 +1,4 @@
-"""In-Shop's list of images: parsed and checked, without a look at the images themselves."""
+"""In-Shop's lists of images and boxes, parsed and checked; the images are not looked at."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from mmljax.data import paths as files
+from mmljax.data.readers.splits import DIRECTORY_FLAG, SPLITS
 from mmljax.errors import UserError
 
 PARTITION = "Eval/list_eval_partition.txt"
@@ -21,27 +22,24 @@ BOXES = "Anno/list_bbox_inshop.txt"
 BOX_HEADER = "image_name clothes_type pose_type x_1 y_1 x_2 y_2"
 """Second line of that list; the first is the number of rows."""
 
-SPLITS = ("train", "query", "gallery")
-
-_FLAG = "--config.data.directory"
-_AGAIN = "fetch the list again, or mend it"
+_AGAIN = "fetch the list again, or correct it"
 _GET_IN_SHOP = (
-    f"{_FLAG} must name the folder that holds Img/ and Eval/ of the In-Shop Clothes Retrieval "
-    "benchmark (on request: https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html)"
+    f"{DIRECTORY_FLAG} must name the folder that holds Img/ and Eval/ of the In-Shop Clothes "
+    "Retrieval benchmark (on request: https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html)"
 )
 
 
 class InShopRow(NamedTuple):
     """A row of the list of images."""
 
-    name: str  # path below Img/
+    name: str  # path below Img/, normalised
     item: str
     split: str
     line: int  # of the list, from 1
 
 
 class Box(NamedTuple):
-    """Where the clothes are in an image: pixels from its upper left corner."""
+    """The bounding box of the clothes in an image: pixels from its upper left corner."""
 
     left: int
     top: int
@@ -52,15 +50,16 @@ class Box(NamedTuple):
 def read_in_shop_list(directory: str | os.PathLike[str]) -> list[InShopRow]:
     """The rows of the list of the In-Shop folder ``directory``, in order.
 
-    Lines may end in LF or CRLF.
+    Lines may end in LF or CRLF. Paths are normalised (``img/./a.jpg`` is ``img/a.jpg``), so that
+    no image is listed twice under two names.
 
     Raises:
       UserError: if the folder or the list is absent; on a malformed or repeated row, a count
         that is not that of the rows, an empty split, an item both in train and in test.
     """
-    where = f"{_FLAG}={os.fspath(directory)!r}"
+    where = f"{DIRECTORY_FLAG}={os.fspath(directory)!r}"
     if not os.fspath(directory) or not files.is_folder(directory):
-        raise UserError(f"{where} is no directory; {_GET_IN_SHOP}")
+        raise UserError(f"{where} is not a directory; {_GET_IN_SHOP}")
     path = files.join(directory, PARTITION)
     rows = [_row(text, line, path) for line, text in _lines(path, HEADER)]
     _check_list(rows, path)
@@ -82,16 +81,16 @@ def read_in_shop_boxes(directory: str | os.PathLike[str]) -> dict[str, Box]:
         fields = text.split()
         if len(fields) != 7 or not all(field.isdecimal() for field in fields[1:]):
             raise UserError(f"{path}, line {line}: {text!r} is not {BOX_HEADER!r}; {_AGAIN}")
-        box = Box(*map(int, fields[3:]))
+        name, box = PurePosixPath(fields[0]).as_posix(), Box(*map(int, fields[3:]))
         if box.left >= box.right or box.top >= box.bottom:
-            raise UserError(f"{path}, line {line}: the box of {fields[0]} is empty; {_AGAIN}")
-        if boxes.setdefault(fields[0], box) is not box:
-            raise UserError(f"{path}, line {line}: {fields[0]} has a box above too; {_AGAIN}")
+            raise UserError(f"{path}, line {line}: the box of {name} is empty; {_AGAIN}")
+        if boxes.setdefault(name, box) is not box:
+            raise UserError(f"{path}, line {line}: {name} has a box above too; {_AGAIN}")
     return boxes
 
 
 def _lines(path: str, header: str) -> list[tuple[int, str]]:
-    """The rows of a list below its two lines of head, stripped, with their line numbers."""
+    """The rows of a list below its two header lines, stripped, with their line numbers."""
     try:
         lines = files.read(path).decode("utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -118,9 +117,12 @@ def _row(text: str, line: int, path: str) -> InShopRow:
             f"{path}, line {line}: evaluation_status {split!r} is unknown; known: "
             + ", ".join(SPLITS)
         )
-    if name.startswith("/") or ".." in PurePosixPath(name).parts or files.is_remote(name):
-        raise UserError(f"{path}, line {line}: {name!r} leaves the data directory; {_AGAIN}")
-    return InShopRow(name, item, split, line)
+    below = PurePosixPath(name)
+    if below.is_absolute() or ".." in below.parts or files.is_remote(name):
+        raise UserError(
+            f"{path}, line {line}: {name!r} leaves the data directory or holds '..'; {_AGAIN}"
+        )
+    return InShopRow(below.as_posix(), item, split, line)
 
 
 def _check_list(rows: list[InShopRow], path: str) -> None:
@@ -128,7 +130,8 @@ def _check_list(rows: list[InShopRow], path: str) -> None:
     for row in rows:
         if seen.setdefault(row.name, row.line) != row.line:
             raise UserError(
-                f"{path}, line {row.line}: {row.name} stands in line {seen[row.name]} too; {_AGAIN}"
+                f"{path}, line {row.line}: {row.name} is listed in line {seen[row.name]} too; "
+                + _AGAIN
             )
     for split in SPLITS:
         if all(row.split != split for row in rows):

@@ -4,46 +4,44 @@ Song et al., Deep Metric Learning via Lifted Structured Feature Embedding (CVPR 
 1511.06452, section 6): of CUB-200-2011 the first 100 classes train and the other 100 test, of
 Cars196 the first 98 and the other 98, of Stanford Online Products the classes of its own two
 lists; test images search among themselves. Images stay encoded: in memory, or, where the set was
-prepared as ArrayRecord, in their files, each read when it is asked for.
+prepared as ArrayRecord, in their files, each read when a batch needs it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from mmljax.config import choose
-from mmljax.data.readers.in_shop import Part, make_dataset
-from mmljax.data.readers.in_shop_list import SPLITS
+from mmljax.data.readers.splits import DIRECTORY_FLAG, SPLITS, Part, make_dataset
+from mmljax.data.tensorflow_devices import import_tensorflow
 from mmljax.errors import UserError
+from mmljax.text import one_line
 from mmljax.types import Dataset
-
-_FLAG = "--config.data.directory"
 
 
 class _Layout(NamedTuple):
-    builder: str
     label: str  # feature that is the class
     name: str  # feature that names an image; "" for none
     splits: tuple[str, ...]
     first_unseen: int  # first test class, where one split holds both; 0 where splits are disjoint
     counts: tuple[tuple[int, int], ...]  # images and classes of each part; () where not checked
-    prepare: str  # command that makes it in a given directory
+    prepare: str  # command that prepares it in a given directory
 
 
 def _in_shop(variant: str) -> _Layout:
     return _Layout(
-        builder="in_shop",
         label="label",
         name="name",
         splits=SPLITS,
         first_unseen=0,
-        counts=(),  # the builder has checked them
-        prepare=f"python -m mmljax.cli.prepare FOLDER {{}} --variant={variant}",
+        counts=(),  # the builder checks them
+        prepare=f"mmljax prepare FOLDER {{}} --variant={variant}",
     )
 
 
@@ -52,7 +50,6 @@ _LAYOUTS = {
     "in_shop/high": _in_shop("high"),
     "in_shop/cropped": _in_shop("cropped"),
     "caltech_birds2011": _Layout(
-        builder="caltech_birds2011",
         label="label",
         name="image/filename",
         splits=("train+test",),
@@ -61,7 +58,6 @@ _LAYOUTS = {
         prepare="tfds build caltech_birds2011 --data_dir {}",
     ),
     "cars196": _Layout(
-        builder="cars196",
         label="label",
         name="",  # its ids are those of two lists, and not unique
         splits=("train+test",),
@@ -70,7 +66,6 @@ _LAYOUTS = {
         prepare="tfds build cars196 --data_dir {}",
     ),
     "stanford_online_products": _Layout(
-        builder="stanford_online_products",
         label="class_id",
         name="",
         splits=("train", "test"),
@@ -82,9 +77,9 @@ _LAYOUTS = {
 
 
 class StoredImages:
-    """Encoded images that stay in their files; indexed as a NumPy array of them would be.
+    """Encoded images that stay in their files, indexed like a NumPy array of bytes.
 
-    A number gives the bytes of one image, a slice, a mask or an array of numbers a part.
+    A number gives the bytes of one image; a slice, a mask or an array of numbers gives a part.
     """
 
     ndim = 1
@@ -98,7 +93,15 @@ class StoredImages:
 
     def __getitem__(self, index: Any) -> Any:
         rows = self._rows[index]
-        return StoredImages(self._source, rows) if rows.ndim else self._source[int(rows)]["image"]
+        if rows.ndim:
+            return StoredImages(self._source, rows)
+        try:
+            return self._source[int(rows)]["image"]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"image {rows} of an ArrayRecord file cannot be read ({one_line(error)}); prepare "
+                "the data set again"
+            ) from error
 
 
 def read_tfds(
@@ -113,12 +116,14 @@ def read_tfds(
       check_counts: False for other data in the form of the benchmark.
 
     Raises:
-      UserError: if the builder is unknown or not prepared there, or images or classes are not as
-        many as the benchmark's.
+      UserError: if the builder is unknown or not prepared there, its files are damaged, or the
+        numbers of images or classes are not the benchmark's.
     """
     layout = choose(_LAYOUTS, name, key="config.data.source")
-    builder = _builder(name, directory, layout)
-    parts = [_part(builder, layout, split) for split in layout.splits]
+    prepare = layout.prepare.format(os.fspath(directory) or "DIR")
+    with _damage_as_user_error(f"{DIRECTORY_FLAG}={os.fspath(directory)!r}", prepare):
+        builder = _builder(name, directory, prepare)
+        parts = [_part(builder, layout, split) for split in layout.splits]
     if layout.first_unseen:
         (whole,) = parts
         seen = whole.labels < layout.first_unseen
@@ -128,22 +133,40 @@ def read_tfds(
     return make_dataset(*parts)
 
 
-def _builder(name: str, directory: str | os.PathLike[str], layout: _Layout) -> Any:
-    import tensorflow as tf
+@contextmanager
+def _damage_as_user_error(where: str, prepare: str) -> Iterator[None]:
+    """Turn what TFDS, TensorFlow and ArrayRecord raise on damaged files into a ``UserError``."""
+    tf = import_tensorflow()
+    from google.protobuf.json_format import Error as JsonError  # type: ignore[import-untyped]
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+        *(tf.errors.OpError, JsonError),
+    ) as error:
+        raise UserError(
+            f"{where}: a file of the prepared data set cannot be read ({one_line(error)}); remove "
+            f"it and prepare it again: {prepare}"
+        ) from error
+
+
+def _builder(name: str, directory: str | os.PathLike[str], prepare: str) -> Any:
     import tensorflow_datasets as tfds
 
-    tf.config.set_visible_devices([], "GPU")
-    variant = name.partition("/")[2]
+    builder, _, variant = name.partition("/")
     try:
         return tfds.core.read_only_builder.builder_from_files(
-            layout.builder,
+            builder,
             data_dir=os.fspath(directory),
             **({"config": variant} if variant else {}),
         )
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(
-            f"{_FLAG}={os.fspath(directory)!r} holds no prepared TFDS data set {name!r}; "
-            f"prepare it there: {layout.prepare.format(os.fspath(directory) or 'DIR')}"
+            f"{DIRECTORY_FLAG}={os.fspath(directory)!r} holds no prepared TFDS data set {name!r}; "
+            f"prepare it there: {prepare}"
         ) from error
 
 
@@ -183,7 +206,7 @@ def _check_counts(
         found = len(part.labels), len(np.unique(part.labels))
         if found != wanted:
             raise UserError(
-                f"{_FLAG}={os.fspath(directory)!r}: {found[0]} {what} images of {found[1]} "
-                f"classes, but {name} has {wanted[0]} of {wanted[1]}; prepare it again, or set "
-                "--config.data.check_counts=False for other data in its form"
+                f"{DIRECTORY_FLAG}={os.fspath(directory)!r}: {found[0]} {what} images of "
+                f"{found[1]} classes, but {name} has {wanted[0]} of {wanted[1]}; prepare it again, "
+                "or set --config.data.check_counts=False for other data in its form"
             )
