@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 from mmljax.config import ModelConfig
 from mmljax.errors import UserError
 from mmljax.mesh import AXIS, make_mesh
-from mmljax.models import resnet
 from mmljax.models.backbones import make_backbone
+from mmljax.models.conv_norm import conv_norm, conv_norm_layers
 from mmljax.models.embedder import PIXEL_NORMS, Embedder, Head, make_embedder, normalize_pixels
 from mmljax.models.resnet import RESNETS, BasicBlock, Bottleneck, ResNet, Stem
 
@@ -361,35 +361,37 @@ def test_frozen_batch_norm() -> None:
         np.testing.assert_allclose(model(jnp.asarray(x), train=train), y, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-9)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "groups"), [(3, 2, 1, 1), (1, 1, 0, 1), (5, 2, "SAME", 3)]
+)
 def test_folding_leaves_values_and_gradients(
-    dtype: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    dtype: Any, tolerance: float, kernel: int, stride: int, padding: Any, groups: int
 ) -> None:
-    """Frozen BatchNorm inside the convolution is BatchNorm after it, in every gradient too."""
+    """BatchNorm multiplied into the kernel equals BatchNorm after it, in every gradient too."""
     x = np.random.default_rng(0).normal(size=(4, 12, 9, 3)).astype(dtype)
     with jax.enable_x64(dtype is np.float64):
-        kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs()}
-        model = ResNet(Bottleneck, (1, 1), stem=Stem(3, 2, False), width=3, channels=3, **kind)
+        make_conv, make_norm = conv_norm_layers(
+            dtype=dtype, rngs=rngs(), momentum=0.9, epsilon=1e-3
+        )
+        conv = make_conv(3, 6, kernel=kernel, stride=stride, padding=padding, groups=groups)
+        model = nnx.List([conv, make_norm(6)])
         perturb(model)
         nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-        def forward(params: Any, rest: Any, x: Any) -> Any:
-            return nnx.merge(graphdef, params, rest)(x, train=False)
+        def result(forward: Any) -> Any:
+            def at(params: Any, x: Any) -> Any:
+                return forward(*nnx.merge(graphdef, params, rest), x)
 
-        def result(*arguments: Any) -> Any:
-            y, backward = jax.vjp(forward, *arguments)
-            gradient, _, at_images = backward(jnp.cos(y))
+            y, backward = jax.vjp(at, params, x)
+            gradient, at_images = backward(jnp.cos(y))
             return y, nnx.to_pure_dict(gradient), at_images
 
-        found = {}
-        for fold in (True, False):
-            monkeypatch.setattr(resnet, "FOLD", fold)
-            found[fold] = jax.jit(lambda *arguments: result(*arguments))(params, rest, x)
-        assert_trees_close(found[True], found[False], tolerance=tolerance)
-        assert np.abs(found[False][1]["layer2"][0]["bn2"]["scale"]).max() > 1
-        same = jax.tree.map(lambda a, b: bool((a == b).all()), *found.values())
-        assert not all(jax.tree.leaves(same))  # the two ways were really taken
+        expected = result(lambda conv, norm, x: norm(conv(x), use_running_average=True))
+        found = result(lambda conv, norm, x: conv_norm(conv, norm, x, train=False))
+        assert_trees_close(found, expected, tolerance=tolerance)
+        assert np.abs(expected[1][1]["scale"]).max() > 1
 
 
 def test_folding_rounds_to_bfloat16_after_it() -> None:
@@ -397,11 +399,13 @@ def test_folding_rounds_to_bfloat16_after_it() -> None:
     kernel, scale = 1 + 2.0**-8, 1 + 2.0**-10
     found = {}
     for dtype in (jnp.float32, jnp.bfloat16):
-        make_convolution, make_norm = resnet._layers(dtype=dtype, rngs=rngs())
-        convolution, norm = make_convolution(1, 1, kernel=1), make_norm(1)
-        convolution.kernel.set_value(jnp.full((1, 1, 1, 1), kernel))
+        make_conv, make_norm = conv_norm_layers(
+            dtype=dtype, rngs=rngs(), momentum=0.9, epsilon=1e-5
+        )
+        conv, norm = make_conv(1, 1, kernel=1), make_norm(1)
+        conv.kernel.set_value(jnp.full((1, 1, 1, 1), kernel))
         norm.scale.set_value(jnp.full(1, scale))
-        found[dtype] = resnet._convolve(convolution, norm, jnp.ones((1, 1, 1, 1)), train=False)
+        found[dtype] = conv_norm(conv, norm, jnp.ones((1, 1, 1, 1)), train=False)
         assert found[dtype].dtype == dtype
     expected = kernel * scale / np.sqrt(1 + 1e-5)
     np.testing.assert_allclose(found[jnp.float32].item(), expected, rtol=1e-6)
