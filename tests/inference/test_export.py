@@ -1,4 +1,4 @@
-"""A network as one file, loaded where jax and numpy are all there is."""
+"""A network as one file, loaded where only jax and numpy can be imported."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ import numpy as np
 import pytest
 
 import saved
+from commands import run
 from mmljax.data import load
 from mmljax.errors import UserError
-from mmljax.inference import embedder as restore
-from mmljax.inference import export
+from mmljax.inference import embedder, export
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
-    monkeypatch.setattr(restore, "load_embedder", saved.load_once)
+    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
 
 
 @pytest.fixture(scope="module")
 def exported(saved_run, tmp_path_factory):
     """The folder of an export, and the command's exit code."""
     folder = tmp_path_factory.mktemp("export") / "of the run"
-    code = export.main(
-        ["--run", str(saved_run.folder), "--output", str(folder), "--count=20", "--step=3"]
-    )
+    code = run("export", saved_run.folder, "--output", folder, "--count=20", "--step=3")
     return folder, code
 
 
@@ -87,7 +85,7 @@ def test_the_check_sees_a_file_that_differs(saved_run, exported, tmp_path, monke
     other = saved.load_once(saved_run.folder, step=5)
     broken = export.lower(other)
     monkeypatch.setattr(export, "lower", lambda trained: broken)
-    code = export.main(["--run", str(saved_run.folder), "--output", str(tmp_path), "--step=3"])
+    code = run("export", saved_run.folder, "--output", tmp_path, "--step=3")
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert (code, receipt["holds"]) == (1, False)
     assert receipt["largest_difference"] > 1e-3
@@ -112,7 +110,7 @@ def test_the_check_sees_neighbours_that_differ():
     [("resnet18", "average+max", "bfloat16"), ("vit_s16", "token", "bfloat16")],
 )
 def test_networks_that_round_more(tmp_path, backbone, pooling, dtype):
-    run = saved.write_run(
+    folder = saved.write_run(
         tmp_path,
         noise=0.0,  # else all images come so close that their order is chance
         model__backbone=backbone,
@@ -121,9 +119,8 @@ def test_networks_that_round_more(tmp_path, backbone, pooling, dtype):
         model__width=16,
         data__image_size=32,
         data__resize_size=32,
-    )
-    output = ["--output", str(tmp_path / "exported"), "--count=24"]
-    assert export.main(["--run", str(run.folder), *output]) == 0
+    ).folder
+    assert run("export", folder, "--output", tmp_path / "exported", "--count=24") == 0
 
 
 @pytest.mark.parametrize("package", ["flax", "mmljax", "optax", "yaml", "tensorflow"])
@@ -138,11 +135,11 @@ def test_the_clean_process_can_import_no_more(package):
 def test_a_file_that_cannot_be_loaded(tmp_path):
     (tmp_path / "embedder.jax").write_bytes(b"nothing of the kind")
     images = np.zeros((2, 4, 4, 1), np.uint8)
-    with pytest.raises(UserError, match="cannot be used in a process of its own"):
+    with pytest.raises(UserError, match="cannot be loaded in a process of its own"):
         export.embed_in_clean_process(tmp_path / "embedder.jax", images, batch=2)
 
 
 def test_a_folder_that_cannot_be_written(saved_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output.*cannot be written"):
-        export.main(["--run", str(saved_run.folder), "--output", str(tmp_path / "file/x")])
+        run("export", saved_run.folder, "--output", tmp_path / "file/x")
