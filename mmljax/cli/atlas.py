@@ -1,6 +1,8 @@
 """Write the test images and embeddings of a run as one Parquet file for Embedding Atlas.
 
-mmljax atlas RUN
+    mmljax atlas RUN
+
+The test images are embedded with the latest checkpoint. The command prints how to open the file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Write the scores, curves and worst queries of a run as one HTML file.
 
-mmljax page RUN --worst 300
+    mmljax page RUN --worst 300
+
+The file needs no network and no other file. --worst is the number of queries that it shows.
 """
 
 from __future__ import annotations

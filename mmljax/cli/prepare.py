@@ -1,7 +1,9 @@
 """Write In-Shop Clothes Retrieval, from a manual download, into a few large files.
 
-mmljax prepare data/inshop data/tfds
-mmljax train --config inshop --config.data.source=tfds_in_shop --config.data.directory=data/tfds
+    mmljax prepare data/inshop data/tfds
+
+A run then reads the large files: --config.data.source=tfds_in_shop
+--config.data.directory=data/tfds.
 """
 
 from __future__ import annotations
