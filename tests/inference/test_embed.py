@@ -85,7 +85,7 @@ def test_interrupted_in_the_middle_and_resumed_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_killed_repeatedly_and_resumed_gives_the_same_bytes(tmp_path):
+def test_stopped_repeatedly_and_resumed_gives_the_same_bytes(tmp_path):
     images = small_runs.write_images(
         tmp_path / "many.npz", test_items=400
     )  # 1200 queries, 75 parts
@@ -95,25 +95,52 @@ def test_killed_repeatedly_and_resumed_gives_the_same_bytes(tmp_path):
     done = run_alone(*command(folder, whole, small))
     assert done.returncode == 0, done.stderr
     parts = tmp_path / "x.parquet.parts"
-    for target in (5, 37, 70):
+    stops = ((5, signal.SIGKILL), (20, signal.SIGINT), (37, signal.SIGKILL), (70, signal.SIGINT))
+    for target, number in stops:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmljax", *map(str, command(folder, path, small))],
             cwd=small_runs.ROOT,
             env=small_runs.environment(),
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if len(list(parts.glob("part-*.parquet"))) >= target:
                 break
             time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        os.kill(process.pid, number)
+        shown = process.communicate(timeout=60)[1]
+        if number == signal.SIGINT:
+            assert shown == "mmljax: interrupted; run the same command again\n"
+            assert process.returncode == 130
+        else:
+            assert process.returncode == -number
         assert not path.exists()
     done = run_alone(*command(folder, path, small))
     assert done.returncode == 0, done.stderr
     assert path.read_bytes() == whole.read_bytes()
     assert "1200 embeddings" in done.stderr
+
+
+def test_a_second_process_with_the_same_output_is_refused(saved_run, tmp_path, monkeypatch):
+    path = tmp_path / "x.parquet"
+    before, seconds = embed.embed_images, []
+
+    def embed_twice(trained, split, **options):
+        monkeypatch.setattr(embed, "embed_images", before)
+        seconds.append(run_alone(*command(saved_run.folder, path)))
+        return before(trained, split, **options)
+
+    monkeypatch.setattr(embed, "embed_images", embed_twice)
+    assert run(*command(saved_run.folder, path)) == 0
+    (second,) = seconds
+    assert second.returncode == 2
+    holder = f"process {os.getpid()} on {os.uname().nodename}"
+    assert second.stderr.startswith(f"mmljax: error: --output={path} is being written by {holder};")
+    assert second.stderr.count("\n") == 1
+    assert len(vectors_of(path)) == 24
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_arrays_need_no_tensorflow(saved_run, tmp_path):
@@ -231,6 +258,12 @@ def test_bad_paths(colour_run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image"):
         run(*options, tmp_path / "empty")
+    with pytest.raises(UserError, match="--images: aaa"):
+        run(*options, "a" * 5000)
+    (tmp_path / "empty/\udcff.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"\\udcff\.jpg"):
+        run(*options, tmp_path / "empty")
+    (tmp_path / "empty/\udcff.jpg").unlink()
     (tmp_path / "empty/bad.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 images"):
         run(*options, tmp_path / "empty", "--skip-corrupt")

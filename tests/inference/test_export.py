@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.export
@@ -15,6 +19,7 @@ import saved
 from commands import run
 from mmljax.data import load
 from mmljax.errors import UserError
+from mmljax.files import acquire_lock
 from mmljax.inference import embedder, export
 
 
@@ -137,6 +142,71 @@ def test_a_file_that_cannot_be_loaded(tmp_path):
     images = np.zeros((2, 4, 4, 1), np.uint8)
     with pytest.raises(UserError, match="cannot be loaded in a process of its own"):
         export.embed_in_clean_process(tmp_path / "embedder.jax", images, batch=2)
+
+
+@pytest.fixture
+def old_export(exported, tmp_path):
+    """A copy of a good export, and its contents."""
+    folder = Path(shutil.copytree(exported[0], tmp_path / "export"))
+    return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+STAGES = ("lower", "describe", "embed_crops", "embed_in_clean_process", "parity")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("how", ["interrupted", "killed", "full disk"])
+def test_a_stopped_export_leaves_the_old_files_and_receipt(
+    saved_run, old_export, monkeypatch, stage, how
+):
+    folder, before = old_export
+    trained = saved.load_once(saved_run.folder, step=5)
+    query = load.load_dataset(saved_run.config).query
+    with monkeypatch.context() as patch:
+        if how == "killed":  # nothing is cleaned up
+            patch.setattr(export.shutil, "rmtree", lambda *_, **__: None)
+        fault = OSError(28, "No space left on device") if how == "full disk" else KeyboardInterrupt
+        patch.setattr(export, stage, Mock(side_effect=fault))
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            export.export_run(trained, query, folder)
+    for name, contents in before.items():
+        assert (folder / name).read_bytes() == contents
+    assert (folder / ".partial").exists() == (how == "killed")
+    if how == "killed" and stage == STAGES[-1]:
+        assert export.export_run(trained, query, folder)["step"] == 5
+        assert sorted(path.name for path in folder.iterdir()) == sorted(before)
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_an_export_killed_while_it_moves_files_leaves_whole_files(
+    saved_run, old_export, monkeypatch, moved
+):
+    folder, before = old_export
+    replace, calls = os.replace, []
+
+    def replace_some(source, target):
+        if Path(target).parent == folder:
+            if len(calls) == moved:
+                raise KeyboardInterrupt
+            calls.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(export.os, "replace", replace_some)
+    with pytest.raises(KeyboardInterrupt):
+        run("export", saved_run.folder, "--output", folder, "--count=20", "--step=5")
+    assert not (folder / "receipt.json").exists()  # neither file's receipt beside the other file
+    assert calls == ["embedder.jax", "embedder.json"][:moved]
+    assert ((folder / "embedder.jax").read_bytes() == before["embedder.jax"]) == (moved == 0)
+    jax.export.deserialize(bytearray((folder / "embedder.jax").read_bytes()))
+    assert json.loads((folder / "embedder.json").read_text())["step"] in (3, 5)
+
+
+def test_a_second_export_into_one_folder_is_refused(saved_run, tmp_path):
+    with (
+        acquire_lock(tmp_path / ".lock"),
+        pytest.raises(UserError, match=f"is being written by process {os.getpid()} on"),
+    ):
+        run("export", saved_run.folder, "--output", tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(saved_run, tmp_path):
