@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share: stop with a message; show a command or run it.
+# Shared by the launchers: stop with a message, show a command or run it.
 
 dry_run=false # set by --dry-run
 
@@ -9,7 +9,7 @@ fail() {
   exit 2
 }
 
-# Print words as one line that a shell reads back as the same words.
+# Print words as one line, quoted for a shell.
 show() {
   local word line=""
   for word in "$@"; do
@@ -29,7 +29,7 @@ needs() {
   [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value; see --help"
 }
 
-# Print the comment that a script $1 opens with.
+# Print the opening comment of a script $1.
 help_of() {
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"
 }

@@ -4,23 +4,23 @@
 #   launch/jobset.sh --name NAME --image IMAGE --hosts N --claim CLAIM [options] \
 #     -- --config configs/inshop.py --workdir /shared/run ...
 #
-# What follows -- goes to python -m mmljax.main in every pod. The image must hold mmljax, its configs
-# and what the accelerator needs; the claim is of a volume that all pods can write at once
-# (ReadWriteMany), for the workdir and the images. Creating a JobSet that is there already is an
-# error of kubectl's. Nothing is deleted here: launch/README.md has the command.
+# The arguments after -- are those of mmljax train, in every pod. The image must hold mmljax, its
+# configs and the accelerator's libraries; the claim is of a volume that all pods can write at once
+# (ReadWriteMany), for the workdir and the images. kubectl refuses to create a JobSet that exists.
+# Nothing is deleted here: launch/README.md has the command.
 #
 #   --name NAME          of the JobSet: a-z, 0-9 and -, at most 40
 #   --image IMAGE        of the container
 #   --hosts N            pods
 #   --claim CLAIM        PersistentVolumeClaim that is mounted into all of them
 #   --mount PATH         where (default /shared)
-#   --gpus G             nvidia.com/gpu for each pod, all used by its one process; or
-#   --tpus T             google.com/tpu for each pod: the chips of a host
+#   --gpus G             nvidia.com/gpu of each pod, all used by its one process; or
+#   --tpus T             google.com/tpu of each pod: the chips of a host
 #   --select KEY=VALUE   label that the nodes must have; may be given again
-#   --directory PATH     of the image, to run in: where configs/ lies (default /mmljax)
+#   --directory PATH     working directory, the one with configs/ (default /mmljax)
 #   --namespace NAME     default: kubectl's own
-#   --grace SECONDS      to save in, from the notice to the end by force (default 300)
-#   --restarts N         after failures; being asked to make room does not count (default 10)
+#   --grace SECONDS      time to save, from SIGTERM to SIGKILL (default 300)
+#   --restarts N         after failures; preemption does not count (default 10)
 #   --python PROGRAM     default python
 #   --dry-run            print the manifest and create nothing
 
@@ -53,7 +53,7 @@ while (($#)); do
     --dry-run) dry_run=true; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
     --) shift; break ;;
-    *) fail "unknown argument '$1'; arguments of mmljax.main follow a --" ;;
+    *) fail "unknown argument '$1'; arguments of mmljax train follow a --" ;;
   esac
 done
 [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "--name must be of a-z, 0-9 and -, at most \
@@ -69,12 +69,12 @@ done
 for selector in "${selectors[@]}"; do
   [[ $selector == ?*=?* ]] || fail "--select must be KEY=VALUE, found '$selector'"
 done
-(($#)) || fail "nothing to run: give the arguments of mmljax.main after a --"
+(($#)) || fail "nothing to run: give the arguments of mmljax train after a --"
 for word in "$image" "$claim" "$mount" "$directory" "$python" "${selectors[@]}" "$@"; do
   [[ ${word//[$'\n\t\r']/} != *[[:cntrl:]]* ]] || fail "a control character in $(printf %q "$word")"
 done
 
-# Print a word in double quotes, as YAML and JSON read it back.
+# Print a word in double quotes, for YAML and JSON.
 quoted() {
   local word=${1//\\/\\\\}
   word=${word//\"/\\\"}
@@ -84,7 +84,7 @@ quoted() {
   printf '"%s"' "$word"
 }
 
-# Print each word as an item of a list; Kubernetes takes $$ for a $ there, and $(X) for a variable.
+# Print each word as an item of a list; Kubernetes reads $$ as $, and $(X) as a variable.
 items() {
   local word
   for word in "$@"; do
@@ -101,9 +101,9 @@ node_selector() {
   done
 }
 
-# Exit code 75, saved after being asked to make room: the pod is made anew and nothing is counted.
-# Exit code 2, a mistake of the user's: the JobSet fails. Anything else, such as a host that died:
-# all pods are made anew, up to --restarts times. Each time the run goes on from its checkpoint.
+# Exit code 75, saved after SIGTERM: the pod is created again, and no failure is counted. Exit code 2,
+# a mistake of the user's: the JobSet fails. Any other code, such as of a host that died: all pods
+# are created again, up to --restarts times. Each time the run resumes from its checkpoint.
 manifest() {
   cat <<MANIFEST
 apiVersion: jobset.x-k8s.io/v1alpha2

@@ -3,10 +3,10 @@
 #
 #   launch/local.sh --processes N [options] -- --config configs/quickstart.py ...
 #
-# What follows -- goes to every process of python -m mmljax.main. Process 0 writes to the terminal,
-# process i to LOGS/process_i.log. If one stops with an error, all are stopped, with its exit code.
-# SIGTERM reaches all of them: they save and end, with exit code 75. Ctrl-C ends them at once.
-# One process already uses all GPUs of a machine: this is for trying out what several would do.
+# The arguments after -- are those of mmljax train, for every process. Process 0 writes to the
+# terminal, process i to LOGS/process_i.log. If one stops with an error, all are stopped, with its
+# exit code. SIGTERM is passed on to all: they save and end, with exit code 75. Ctrl-C kills them.
+# One process already uses all GPUs of a machine: this script is to test several processes.
 #
 #   --processes N        how many
 #   --devices cpu|gpu    cpu: one CPU device each (default); gpu: GPU i for process i
@@ -30,17 +30,17 @@ while (($#)); do
     --dry-run) dry_run=true; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
     --) shift; break ;;
-    *) fail "unknown argument '$1'; arguments of mmljax.main follow a --" ;;
+    *) fail "unknown argument '$1'; arguments of mmljax train follow a --" ;;
   esac
 done
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes must be a number from 1, found '$processes'"
 [[ $port =~ ^[0-9]+$ ]] || fail "--port must be a number, found '$port'"
 [[ $devices == cpu || $devices == gpu ]] || fail "--devices must be cpu or gpu, found '$devices'"
-(($#)) || fail "nothing to run: give the arguments of mmljax.main after a --"
+(($#)) || fail "nothing to run: give the arguments of mmljax train after a --"
 
 children=()
 stop_all() {
-  # Not TERM: they could not agree on a step to save, as one of them is gone.
+  # Not TERM: one process is gone, so the others cannot agree on a step to save.
   if ((${#children[@]})); then
     kill -KILL "${children[@]}" || true
     wait || true
@@ -75,7 +75,7 @@ left=$processes worst=0
 while ((left)); do
   passed_on=false code=0
   wait -n || code=$?
-  if $passed_on; then continue; fi # the signal broke off the waiting; no process ended
+  if $passed_on; then continue; fi # the signal interrupted wait; no process ended
   left=$((left - 1))
   if ((code && code != 75)); then
     echo "local.sh: a process stopped with code $code; see $logs/process_*.log" >&2

@@ -3,19 +3,19 @@
 #
 #   launch/slurm.sh --nodes N --gpus-per-node G [options] -- --config configs/inshop.py ...
 #
-# What follows -- goes to python -m mmljax.main. Call it from the repository's root with the
+# The arguments after -- are those of mmljax train. Call it from the root of the repository with an
 # environment active that has mmljax; the job inherits both. The workdir must be on a file system
-# that all nodes share. The run is asked to end NOTICE seconds before its time is over, or when Slurm
-# makes room: it saves, and the job is queued again and goes on from there. scancel ends it for good.
+# that all nodes share. NOTICE seconds before the time limit, or when Slurm preempts the job, the run
+# gets SIGTERM: it saves, and the job is queued again and resumes. scancel ends it for good.
 #
 #   --nodes N            machines
 #   --gpus-per-node G    of each; one process for each GPU
 #   --cpus-per-gpu C     for reading images (default 8)
 #   --time LIMIT         default 24:00:00
-#   --notice SECONDS     to save in (default 300)
+#   --notice SECONDS     time to save (default 300)
 #   --job-name NAME      default mmljax
 #   --partition NAME     as the cluster names it
-#   --account NAME       who pays
+#   --account NAME       to be charged
 #   --logs DIR           of NAME-JOB.log (default runs/slurm)
 #   --python PROGRAM     default python
 #   --dry-run            print the command and submit nothing
@@ -40,20 +40,20 @@ while (($#)); do
     --dry-run) dry_run=true; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
     --) shift; break ;;
-    *) fail "unknown argument '$1'; arguments of mmljax.main follow a --" ;;
+    *) fail "unknown argument '$1'; arguments of mmljax train follow a --" ;;
   esac
 done
 for option in nodes gpus cpus notice; do
   [[ ${!option} =~ ^[1-9][0-9]*$ ]] || fail "--nodes, --gpus-per-node, --cpus-per-gpu and --notice \
 must be numbers from 1, found '${!option}'"
 done
-(($#)) || fail "nothing to run: give the arguments of mmljax.main after a --"
+(($#)) || fail "nothing to run: give the arguments of mmljax train after a --"
 
 # Every process sees all GPUs of its node and takes the one of its local rank, as jax does it.
 command=(srun "--cpus-per-task=$cpus" --kill-on-bad-exit=1
   env MMLJAX_DISTRIBUTED=1 "$python" -m mmljax.main "$@")
-# Exit code 75: saved after being asked to. The job is queued again, unless it was cancelled and so
-# runs no more. The shell of the job must outlive the signal, and the processes not inherit that.
+# Exit code 75: saved after SIGTERM. The job is queued again, unless it was cancelled and so is not
+# running. The job's shell must survive the signal, but the processes must not inherit its trap.
 job="trap : TERM; $(show "${command[@]}"); code=\$?; \
 if [ \$code = 75 ] && [ -n \"\$(squeue --noheader --states=RUNNING --jobs=\$SLURM_JOB_ID)\" ]; \
 then scontrol requeue \$SLURM_JOB_ID; fi; exit \$code"

@@ -3,27 +3,27 @@
 #
 #   launch/tpu_vm.sh ACTION --name NAME --zone ZONE [options] [-- --config configs/inshop.py ...]
 #
-# Actions, in the order of a run's life:
-#   create    ask for the TPU VM, which then waits for room (it costs money from when it is there
-#             until it is deleted)
-#   status    describe the request for it, and so whether it is there
+# Actions, in their usual order:
+#   create    request the TPU VM, which waits in a queue until there is capacity (it costs money from
+#             its creation until it is deleted)
+#   status    describe the request: is the TPU VM active?
 #   install   put this checkout's HEAD and its requirements on all workers; again after a commit
-#   run       start python -m mmljax.main with what follows -- on all workers, in the background
+#   run       start mmljax train with the arguments after -- on all workers, in the background
 #   logs      follow the output of one worker
-#   stop      ask the run to save and end, and wait until it has, on all workers
-#   kill      end the run at once on all workers; what came after its last checkpoint is lost
+#   stop      make the run save and end, on all workers, and wait for that
+#   kill      end the run at once on all workers; the steps after its last checkpoint are lost
 #   fetch     copy a file or folder of worker 0 to this machine
 #   delete    delete the TPU VM with its disk, and the request for it; gcloud asks first
 #
-#   --name NAME, --zone ZONE   which TPU VM; always needed
+#   --name NAME, --zone ZONE   of the TPU VM; always needed
 #   --project PROJECT          default: gcloud's own
 #   --direct                   create, status, delete: without a queued resource of the same name
 #   --type TYPE                create: such as v5litepod-16; what a zone has:
 #                              gcloud compute tpus accelerator-types list --zone ZONE
 #   --version VERSION          create: runtime image, such as v2-alpha-tpuv5-lite
-#   --spot                     create: cheaper, may be taken away; make it again to go on
+#   --spot                     create: cheaper, may be preempted; create it again to resume
 #   --worker N                 logs: default 0
-#   --from PATH, --to PATH     fetch: there (from the home directory on) and here
+#   --from PATH, --to PATH     fetch: remote (relative to the home directory) and local
 #   --dry-run                  print the commands and run nothing
 
 set -euo pipefail
@@ -53,7 +53,7 @@ while (($#)); do
     --dry-run) dry_run=true; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
     --) shift; break ;;
-    *) fail "unknown argument '$1'; arguments of mmljax.main follow a --" ;;
+    *) fail "unknown argument '$1'; arguments of mmljax train follow a --" ;;
   esac
 done
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name must be the TPU VM's name (a-z, 0-9, -), \
@@ -88,8 +88,8 @@ case $action in
     fi
     ;;
   install)
-    # A bundle carries the revision, which results.json records; uv brings a Python that is new
-    # enough whatever the image has.
+    # A bundle carries the revision, which results.json records; uv installs a recent Python,
+    # whatever the image has.
     bundle=${TMPDIR:-/tmp}/mmljax-$name.bundle
     run git -C "$(dirname "${BASH_SOURCE[0]}")/.." bundle create --quiet "$bundle" HEAD
     run "${tpu[@]}" scp "$bundle" "$name:mmljax.bundle" "${where[@]}" --worker=all
@@ -100,16 +100,16 @@ python3 -m uv venv --quiet --allow-existing --python 3.12 .venv; \
 python3 -m uv pip install --quiet --python .venv/bin/python -e '.[data,plot,tpu]'"
     ;;
   run)
-    (($#)) || fail "nothing to run: give the arguments of mmljax.main after a --"
+    (($#)) || fail "nothing to run: give the arguments of mmljax train after a --"
     on_workers all "set -e; cd mmljax; \
 if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; \
-then echo 'a run is going on; stop it first' >&2; exit 1; fi; \
+then echo 'a run is in progress; stop it first' >&2; exit 1; fi; \
 MMLJAX_DISTRIBUTED=1 nohup .venv/bin/python -m mmljax.main $(show "$@") \
 >>run.log 2>&1 </dev/null & echo \$! >run.pid"
     ;;
   logs) on_workers "$worker" "tail -n 100 -F mmljax/run.log" ;;
   stop)
-    # A worker may hear of it from another one, and be gone already.
+    # A worker may have been stopped by another one already.
     on_workers all "pid=\$(cat mmljax/run.pid); kill -TERM \$pid 2>/dev/null; \
 for _ in \$(seq 600); do kill -0 \$pid 2>/dev/null || exit 0; sleep 1; done; \
 echo 'still saving after 10 minutes; wait, or use kill' >&2; exit 1"

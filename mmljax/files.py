@@ -1,11 +1,16 @@
-"""Atomic writes: a reader, or a process that is killed, sees the old file or the new one, whole."""
+"""Atomic writes, so that readers see the old file or the new one, and locks between processes."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -35,3 +40,39 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
     data = contents.encode() if isinstance(contents, str) else contents
     with written_atomically(path) as partial:
         partial.write_bytes(data)
+
+
+class Locked(Exception):
+    """Another process holds a lock; the text names the process."""
+
+
+def acquire_lock(path: Path) -> IO[str]:
+    """Lock a file for this process and return it open; closing it, or any exit, releases the lock.
+
+    Args:
+      path: the lock file, which is made if absent; its folder exists.
+
+    On a file system without locks a warning is logged, and nothing is locked.
+
+    Raises:
+      Locked: if another process holds the lock.
+      OSError: if the file cannot be made.
+    """
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                raise Locked(file.read().strip()) from None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): start no second process there", path, error)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # the file was removed in between
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file

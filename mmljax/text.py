@@ -52,3 +52,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def size_text(count: int) -> str:
     """A number of bytes in MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped: safe on a terminal."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

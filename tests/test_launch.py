@@ -1,4 +1,4 @@
-"""The launchers print the commands that are expected, and hand arguments on unharmed."""
+"""The launchers print the expected commands, and pass arguments on unchanged."""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
-"""The commands, one file per verb."""
+"""The command line ``mmljax VERB``: one file per verb; it may import every other package."""
+
+from mmljax.cli.command import main as main

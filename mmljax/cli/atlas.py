@@ -1,238 +1,46 @@
-"""``python -m mmljax.cli.atlas RUN``: a run's test images and embeddings for an embedding explorer.
+"""Write the test images and embeddings of a run as one Parquet file for Embedding Atlas.
 
-One Parquet file with a row per query and gallery image, which Embedding Atlas opens:
+    mmljax atlas RUN
 
-=====================  ===============================================================
-``id``                 the image's name
-``split``              ``query`` or ``gallery``
-``category``           :func:`mmljax.runs.html.category`
-``item``               the item's number, as text
-``hit@1``              whether a query's nearest gallery image is of its item
-``average_precision``  MAP@R of a query
-``x``, ``y``           a projection onto a plane
-``thumbnail``          ``{bytes, path}``: a JPEG file and the image's name
-``neighbors``          ``{ids, distances}``: rows of the table and 1 - cosine, nearest first
-=====================  ===============================================================
-
-``hit@1`` and ``average_precision`` are null where an image is no query, or a query has no match.
-Neighbours are exact, found at float32, and always gallery images, as in the evaluation; those of a
-gallery image are the others of the gallery.
+The test images are embedded with the latest checkpoint. The command prints how to open the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
-import json
-import os
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jaxtyping import Float
-
-from mmljax.data.thumbnails import thumbnail
-from mmljax.errors import UserError
-from mmljax.inference import embed as offline
-from mmljax.runs.html import category, require_packages
-from mmljax.runs.reader import add_directory_option, load_run_data
-
-if TYPE_CHECKING:  # at run time only once the arguments are found good
-    from mmljax.inference.embedder import TrainedEmbedder
-    from mmljax.types import Dataset, Split
-
-LOOK = "look.parquet"
-
-_PACKAGES = {"PIL": "Pillow", "pyarrow": "PyArrow"}
-_SIDE, _QUALITY = 96, 80  # of a thumbnail: pixels, JPEG's
+from mmljax.cli import options as shared
+from mmljax.errors import UserError, require
+from mmljax.text import printable
 
 
-def principal_plane(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
-    """Coordinates along the two directions of greatest variance.
-
-    Each direction's sign is such that its largest component is positive, so a run gives the same
-    picture again.
-    """
-    centered = vectors - vectors.mean(axis=0, dtype=np.float64)
-    axes = np.linalg.eigh(centered.T @ centered)[1][:, :-3:-1]
-    largest = np.abs(axes).argmax(axis=0)
-    return centered @ (axes * np.sign(axes[largest, np.arange(axes.shape[1])]))
-
-
-def look_table(trained: TrainedEmbedder, dataset: Dataset, *, projection: str) -> Any:
-    """The ``pyarrow.Table`` of a run's query and gallery images.
-
-    Args:
-      trained: the run's network.
-      dataset: that it was evaluated on.
-      projection: ``pca`` or ``umap``.
-
-    Raises:
-      UserError: if an image cannot be read, or no query has a match.
-    """
-    import pyarrow as pa
-
-    from mmljax.retrieval.evaluate import retrieval_scores
-
-    splits = {"query": dataset.query}
-    if dataset.gallery is not None:
-        splits["gallery"] = dataset.gallery
-    vectors = {
-        name: offline.embed_images(trained, split, skip_corrupt=False)[1]
-        for name, split in splits.items()
-    }
-    gallery = dataset.gallery and vectors["gallery"]
-    result = retrieval_scores(
-        vectors["query"],
-        dataset.query.labels,
-        gallery,
-        dataset.gallery and dataset.gallery.labels,
-        recall_at=(1,),
-        chunk=trained.config.evaluation.gallery_chunk,
-        mesh=trained.mesh,
-    )
-    rows, similarity = result.neighbors, result.similarity
-    if gallery is not None:
-        first = len(vectors["query"])
-        others = _neighbors_within(trained, gallery, k=rows.shape[1])
-        k = others[0].shape[1]
-        rows = np.concatenate([rows[:, :k], others[0]]) + first
-        similarity = np.concatenate([similarity[:, :k], others[1]])
-    names = np.concatenate([split.names for split in splits.values()]).astype(str)
-    labels = np.concatenate([split.labels for split in splits.values()])
-    plane = _project(np.concatenate(list(vectors.values())), projection)
-    extra = len(names) - len(dataset.query.names)
-    hits, precision = (
-        np.append(result.per_query[key], np.full(extra, np.nan)) for key in ("recall@1", "map@r")
-    )
-    return pa.table(
-        {
-            "id": pa.array(names, pa.string()),
-            "split": np.repeat([*splits], [len(split.names) for split in splits.values()]),
-            "category": [category(*row) for row in zip(names.tolist(), labels, strict=True)],
-            "item": labels.astype(str),
-            "hit@1": pa.array(hits > 0, pa.bool_(), mask=np.isnan(hits)),
-            "average_precision": pa.array(precision, pa.float32(), mask=np.isnan(precision)),
-            "x": plane[:, 0].astype(np.float32),
-            "y": plane[:, 1].astype(np.float32),
-            "thumbnail": _thumbnails(splits),
-            "neighbors": _neighbor_column(rows, similarity),
-        }
-    )
-
-
-def write_table(table: Any, path: Path, *, made_from: dict[str, Any]) -> None:
-    """Write a table as Parquet, whole or not at all; ``made_from`` goes into its metadata.
-
-    Raises:
-      UserError: if the file cannot be written.
-    """
-    from pyarrow import parquet
-
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(
-            table.replace_schema_metadata({"mmljax": json.dumps(made_from)}), temporary
-        )
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); name another --output") from error
-
-
-def opening_command(path: Path) -> str:
-    """The command that opens the file in Embedding Atlas."""
-    return (
-        f"embedding-atlas {shlex.quote(str(path))} --x x --y y --image thumbnail "
-        "--neighbors neighbors"
-    )
-
-
-def _neighbors_within(
-    trained: TrainedEmbedder, vectors: np.ndarray, *, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and similarities of the nearest others, at most ``k``."""
-    from mmljax.mesh import to_host
-    from mmljax.retrieval.search import sharded_nearest_neighbors
-
-    found = sharded_nearest_neighbors(
-        vectors,
-        vectors,
-        k=min(k, len(vectors) - 1),
-        chunk=trained.config.evaluation.gallery_chunk,
-        mesh=trained.mesh,
-        self_index=np.arange(len(vectors), dtype=np.int32),
-    )
-    return to_host(found.indices), to_host(found.similarity)
-
-
-def _project(vectors: np.ndarray, projection: str) -> np.ndarray:
-    if projection == "pca":
-        return principal_plane(vectors)
-    from umap import UMAP
-
-    return UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
-
-
-def _thumbnails(splits: dict[str, Split]) -> Any:
-    """Structs of a JPEG file and a name, as Hugging Face's data sets hold images."""
-    import pyarrow as pa
-
-    images = [(split, row) for split in splits.values() for row in range(len(split.names))]
-    rows = []
-    for split, row in offline.bar(images, unit="image"):
-        file = io.BytesIO()
-        thumbnail(split, row, side=_SIDE).save(file, "JPEG", quality=_QUALITY)
-        rows.append({"bytes": file.getvalue(), "path": str(split.names[row])})
-    return pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-
-
-def _neighbor_column(rows: np.ndarray, similarity: np.ndarray) -> Any:
-    import pyarrow as pa
-
-    ends = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1])
-    distances = np.maximum(0, 1 - similarity).astype(np.float32)
-    columns = [
-        pa.ListArray.from_arrays(ends, pa.array(values.ravel()))
-        for values in (rows.astype(np.int64), distances)
-    ]
-    return pa.StructArray.from_arrays(columns, names=["ids", "distances"])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the file of the run that the options name, and say how to open it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmljax.cli.atlas",
-        description="Write a run's test images, embeddings and neighbours as one Parquet file for "
-        "Embedding Atlas.",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run: its --workdir")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
-    parser.add_argument("--output", type=Path, help="Parquet file; default: look.parquet in RUN")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mmljax atlas``."""
+    shared.add_run(parser)
+    shared.add_step(parser)
+    parser.add_argument("--output", type=Path, help="Parquet file; default: atlas.parquet in RUN")
     parser.add_argument(
         "--projection", choices=("pca", "umap"), default="pca", help="default pca; umap: umap-learn"
     )
-    add_directory_option(parser)
-    options = parser.parse_args(arguments)
-    require_packages(_PACKAGES, extra="look")
+    shared.add_directory(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the file of the run that the options name, and print how to open it."""
+    for module in ("PIL", "pyarrow"):
+        require(module, extra="look", purpose="mmljax atlas")
     if options.projection == "umap" and importlib.util.find_spec("umap") is None:
-        raise UserError(
-            "--projection=umap needs umap-learn, which is absent; pip install umap-learn"
-        )
-    offline.quiet_libraries()
-    from mmljax.inference.embedder import load_embedder
+        raise UserError("--projection=umap needs umap-learn: pip install umap-learn")
+    from mmljax.inference import atlas, embed
+    from mmljax.runs.reader import load_run_data
 
     dataset = load_run_data(options.run, directory=options.directory)[1]
-    trained = offline.in_even_batches(load_embedder(options.run, step=options.step))
-    path = options.output or options.run / LOOK
-    table = look_table(trained, dataset, projection=options.projection)
-    write_table(table, path, made_from=trained.identity | {"projection": options.projection})
-    print(f"{len(table)} images in {path}; open it by")
-    print(opening_command(path))
-
-
-if __name__ == "__main__":
-    offline.run(main)
+    trained = embed.load(options.run, step=options.step)
+    path = options.output or options.run / atlas.FILE
+    table = atlas.atlas_table(trained, dataset, projection=options.projection)
+    atlas.write_table(table, path, made_from=trained.identity | {"projection": options.projection})
+    print(printable(f"{len(table)} images in {path}; open it by"))
+    print(printable(atlas.opening_command(path)))
+    return 0

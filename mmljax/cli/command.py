@@ -1,139 +1,191 @@
-"""What the programs that take a config share: its flags, and a mistake as one line on stderr."""
+"""The parser, the logging and the exit codes of every verb.
+
+A verb is a module of this package with a docstring (its ``--help``, with an example),
+``add_arguments(parser)`` and ``run(options) -> exit code``. Heavy imports are inside ``run``, so
+that ``--help`` is immediate.
+
+=========  ===============================================================
+exit code  meaning
+=========  ===============================================================
+0          success
+1          an exported network does not pass its check
+2          wrong arguments, config or files; a failed check of ``doctor``
+75         training was asked to stop (SIGTERM) and has saved a checkpoint
+130        interrupted (Ctrl-C)
+=========  ===============================================================
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib
 import logging
 import os
+import re
 import sys
 import threading
-import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
-from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import config_flags
-
-from mmljax import config as config_lib
-from mmljax.config import Config
 from mmljax.errors import Preempted, UserError
+from mmljax.text import nearest, one_line, printable
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; override with --config.key=value.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Where the run is kept; the same command goes on from there. By default "
-    "runs/NAME-FINGERPRINT, told by the config's name and values.",
-)
+VERBS = ("train", "doctor", "embed", "search", "export", "compare", "page", "atlas", "prepare")
+
+_LONGEST_WORD = 240  # characters of a path in an error
 
 
-def given_config(argv: list[str]) -> Config | None:
-    """The config that the flags name, None where they name none.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; an error is one line on stderr.
 
     Args:
-      argv: what is left of the command line beside the flags: the program's name alone.
+      arguments: a verb and its arguments; those of the process if None.
+    """
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        with logging_to_stderr():
+            return options.command(options)
+    except UserError as error:
+        return _fail(f"error: {one_line(error, limit=10_000)}", 2)
+    except Preempted as notice:
+        return _fail(f"{notice}; the same command resumes the run", Preempted.EXIT_CODE)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted; run the same command again", 130)
+    except BrokenPipeError:  # the reader of a pipe has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a path that is too long, not accessible, ...
+        if error.filename is None:
+            raise
+        name = os.fsdecode(error.filename)
+        return _fail(f"error: {name}: {error.strerror}; check the path and your access to it", 2)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command; ``command(options)`` runs its verb.
+
+    ``--config.a.b=value`` and ``--config.a.b value`` are collected as ``a.b=value`` in
+    ``overrides``, for the verbs that take ``--config``.
 
     Raises:
-      UserError: on a further argument, or a config that cannot be used.
+      UserError: on an unknown verb or flag, with the nearest name, or a wrong value.
     """
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
-    if _CONFIG.value is None:
-        if flags.FLAGS["config"].present:
-            raise UserError("--config: get_config() returned nothing; let it return the config")
-        return None
-    try:
-        return config_lib.from_mapping(_CONFIG.value)
-    except OSError as error:  # a file that could not be loaded says so when it is first used
-        raise UserError(f"--config: {_one_line(error)}") from error
+    parser = _Parser(
+        prog="mmljax",
+        description="Train and use image-retrieval embeddings with several metric-learning "
+        "objectives.",
+        epilog="example: mmljax train --config quickstart; mmljax VERB --help has one per verb",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        verb = importlib.import_module(f"mmljax.cli.{name}")
+        text = verb.__doc__ or ""
+        subparser = verbs.add_parser(
+            name,
+            help=text.partition("\n")[0].rstrip(".").replace("%", "%%"),
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        verb.add_arguments(subparser)
+        subparser.set_defaults(command=verb.run)
+    words, overrides = _take_overrides(arguments)
+    if words and not words[0].startswith("-") and words[0] not in VERBS:
+        raise UserError(f"verb {words[0]!r} is unknown; {nearest(words[0], VERBS)}")
+    if words and words[0] in VERBS:
+        _check_flags(verbs.choices[words[0]], words[1:], overrides)
+    options = parser.parse_args(words)
+    options.overrides = overrides
+    return options
 
 
-def given_workdir(config: Config | None) -> Path:
-    """The directory that the flags name, or where a run of the config is kept by default."""
-    if _WORKDIR.value:
-        return Path(_WORKDIR.value)
-    if config is None:
-        return Path("runs")
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    return Path("runs") / f"{name}-{config_lib.fingerprint(config)}"
+def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without overrides of the config, and the overrides as ``a.b=value``."""
+    words, overrides = [], []
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--":
+            words += [word, *rest]
+        elif word.startswith("--config."):
+            name, equals, value = word.removeprefix("--config.").partition("=")
+            value = value if equals else next(rest, "--")
+            if not equals and value.startswith("--"):
+                raise UserError(f"{word} needs a value: {word}=VALUE")
+            overrides.append(f"{name}={value}")
+        else:
+            words.append(word)
+    return words, overrides
 
 
-def start_log() -> None:
-    """Our own messages to stderr, and silence from what tells too much."""
-    # Orbax tells every file that it writes, and of what fails a traceback before it is raised.
+def _check_flags(
+    parser: argparse.ArgumentParser, words: Sequence[str], overrides: Sequence[str]
+) -> None:
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if "--config" not in known:
+        flags += ["--config." + override.partition("=")[0] for override in overrides]
+    for flag in flags:
+        if flag == "--":
+            return
+        if flag not in known:
+            long = [name for name in known if name.startswith("--")]
+            raise UserError(f"{flag} is unknown; {nearest(flag, long)}; see {parser.prog} --help")
+
+
+@contextlib.contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Write the package's log to stderr, and silence what other libraries write there."""
+    from absl import logging as absl_logging
+
+    # Orbax logs every file that it writes, and the traceback of an error before raising it.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    threading.excepthook = _failed_thread
-    sys.unraisablehook = _failed_callback
-    # TensorFlow only decodes images here; oneDNN has no part in that, but announces itself.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow only decodes images here
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     own = logging.getLogger("mmljax")
+    before = own.level, own.propagate, threading.excepthook, sys.unraisablehook
     own.setLevel(logging.INFO)
-    own.addHandler(handler)
     own.propagate = False
+    own.addHandler(handler)
+    threading.excepthook, sys.unraisablehook = _thread_failed, _callback_failed
+    try:
+        yield
+    finally:
+        own.removeHandler(handler)
+        own.level, own.propagate, threading.excepthook, sys.unraisablehook = before
 
 
-def only_warnings() -> None:
-    """Of several processes the first alone tells how the run goes."""
-    logging.getLogger("mmljax").setLevel(logging.WARNING)
+class _Formatter(logging.Formatter):
+    """Escapes control characters, which names of files may hold; lines stay lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def _failed_thread(failed: threading.ExceptHookArgs) -> None:
-    """What a thread of orbax fails with is raised again by whoever waits for it."""
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Print a thread's error, except orbax's, which the thread that waits for it raises again."""
     if not type(failed.thread).__module__.startswith("orbax."):
         threading.__excepthook__(failed)
 
 
-def _failed_callback(failed: sys.UnraisableHookArgs) -> None:
-    """After one read or write of a checkpoint failed, the others find nobody to report to."""
+def _callback_failed(failed: sys.UnraisableHookArgs) -> None:
+    """Print a callback's error, except those that follow a failed read of a checkpoint."""
     if "Event loop is closed" not in str(failed.exc_value):
         sys.__unraisablehook__(failed)
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parse and run; a user's mistake is one line on stderr and exit code 2."""
-    # A config file imports its neighbours as ``configs.common``, from wherever it is run.
-    sys.path.insert(0, os.getcwd())
-    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file that it writes
-    try:
-        app.run(main, flags_parser=_parse)
-    except UserError as error:
-        sys.exit(_fail(str(error)))
-    except Preempted as notice:
-        print(f"mmljax: {notice}; the same command goes on from there", file=sys.stderr)
-        sys.exit(Preempted.EXIT_CODE)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # a config file is a program, and may raise anything
-        sys.exit(_fail(_of_config(error) or _one_line(error)))
-
-
-def _of_config(error: BaseException | None) -> str:
-    """Where a config file raised what led to an error, and what that was; empty if none did."""
-    while error is not None:
-        lines = [
-            f"{frame.f_code.co_filename}, line {line}"
-            for frame, line in traceback.walk_tb(error.__traceback__)
-            if frame.f_globals.get("__name__") == "config_config"  # as ml_collections names it
-        ]
-        if isinstance(error, SyntaxError) and error.filename:
-            lines.append(f"{error.filename}, line {error.lineno}")
-        if lines:
-            return f"--config: {lines[-1]}: {type(error).__name__}: {_one_line(error)}"
-        error = error.__context__
-    return ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _fail(message: str) -> int:
-    print(f"mmljax: error: {message}", file=sys.stderr)
-    return 2
+def _fail(message: str, code: int) -> int:
+    shorter = re.sub(
+        rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:150]}...{word[0][-40:]}", message
+    )
+    print(f"mmljax: {printable(shorter)}", file=sys.stderr)
+    return code

@@ -1,157 +1,71 @@
-"""``python -m mmljax.cli.compare A B``: whether B's scores differ from A's, query by query.
+"""Compare the scores of two runs, query by query, with 95 % bootstrap intervals over test items.
 
-Both are directories of runs (or files in them) that were evaluated on the same queries. What is
-shown is the mean difference over the queries, and an interval that it would stay in, were the test
-items drawn again: the bootstrap over *items*. Items, not queries, are drawn with replacement, as
-the queries of an item share their relevant gallery images and are found or missed together; drawn
-one by one they would pass for more evidence than they are.
+    mmljax compare runs/a runs/b
 
-The interval says nothing of training: another seed may move a score by more.
+Both must have been evaluated on the same queries. The interval does not include the variation
+between training seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from mmljax.cli import options as shared
 from mmljax.errors import UserError
-from mmljax.retrieval.records import Records, read_records, stamp_differences
+from mmljax.text import printable, text_table
 
-_AT_ONCE = 1 << 22  # numbers of draws held at once
-
-
-class Difference(NamedTuple):
-    """Of two means over the same queries."""
-
-    a: float
-    b: float
-    difference: float  # b - a
-    low: float  # of the bootstrap interval
-    high: float
+if TYPE_CHECKING:
+    from mmljax.retrieval.compare import Difference
 
 
-Differences = dict[str, Difference]  # by the score's name
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mmljax compare``."""
+    shared.add_run(parser, "run_a")
+    shared.add_run(parser, "run_b")
+    parser.add_argument(
+        "--resamples", type=shared.at_least(1), default=10_000, help="default 10000"
+    )
+    parser.add_argument(
+        "--seed", type=shared.at_least(0), default=0, help="of the resamples; default 0"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="compare runs whose evaluation protocols differ"
+    )
 
 
-def paired_differences(
-    a: np.ndarray, b: np.ndarray, groups: np.ndarray, *, resamples: int, seed: int
-) -> list[Difference]:
-    """Mean of ``b - a`` per score with its 95 % percentile interval, by bootstrap of whole groups.
+def run(options: argparse.Namespace) -> int:
+    """Refuse what cannot be compared, else print the table of differences."""
+    from mmljax.retrieval.compare import compare
+    from mmljax.retrieval.records import read_records, stamp_differences
 
-    Each resample draws as many groups as there are, with replacement, and takes the mean over the
-    queries of the groups drawn (a group of more queries weighs more, as it does in the score). All
-    scores are taken of the same draws.
-
-    Args:
-      a: ``[q scores]`` without NaN.
-      b: the same of the same queries.
-      groups: ``[q]``: what is drawn as one.
-      resamples: how often to draw.
-      seed: of the draws.
-
-    Raises:
-      UserError: with fewer than two groups, of which nothing can be told.
-    """
-    found, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    count = len(found)
-    if count < 2:
-        raise UserError(f"the queries show {count} item; an interval takes two at least")
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    totals = np.zeros((count, a.shape[1]))
-    np.add.at(totals, place, b - a)
-    random = np.random.default_rng(seed)
-    means = []
-    for first in range(0, resamples, at_once := max(1, _AT_ONCE // count)):
-        rows = min(at_once, resamples - first)
-        draws = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
-        times = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
-        means.append(times @ totals / (times @ sizes)[:, None])
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975), axis=0)
-    columns = a.mean(axis=0), b.mean(axis=0), (b - a).mean(axis=0), low, high
-    return [Difference(*map(float, row)) for row in zip(*columns, strict=True)]
+    a, b = read_records(options.run_a), read_records(options.run_b)
+    if differing := stamp_differences(a.protocol, b.protocol):
+        text = (
+            f"{options.run_a} and {options.run_b} were evaluated by different protocols: "
+            f"{'; '.join(differing)}"
+        )
+        if not options.force:
+            raise UserError(f"{text}; evaluate both by one protocol, or add --force")
+        print(printable(f"warning: {text}"), file=sys.stderr)
+    count, differences = compare(a, b, resamples=options.resamples, seed=options.seed)
+    print(printable(f"A {options.run_a}, step {a.step}"))
+    print(printable(f"B {options.run_b}, step {b.step}"))
+    print(_table(differences))
+    print(
+        f"{count} queries counted in both; intervals from {options.resamples} resamples of the "
+        f"items, seed {options.seed}; they do not include the variation between training seeds"
+    )
+    return 0
 
 
-def compare(a: Records, b: Records, *, resamples: int, seed: int) -> tuple[int, Differences]:
-    """How many queries both count, and the difference of each score that both have, over these.
-
-    Queries are matched by name. Recall in other orders of what is tied is left out.
-
-    Raises:
-      UserError: if they have no score or no query in common, or names that are not unique.
-    """
-    for records in (a, b):
-        if len(np.unique(records.names)) < len(records.names):
-            raise UserError("some queries have one name, so they cannot be matched; rename them")
-    _, in_a, in_b = np.intersect1d(a.names, b.names, return_indices=True)
-    keys = [key for key in a.values if key in b.values and not key.startswith("recall_")]
-    if not keys or not len(in_a):
-        raise UserError(f"{len(in_a)} queries and {len(keys)} scores in common: nothing to compare")
-    x = np.stack([a.values[key][in_a] for key in keys], axis=1)
-    y = np.stack([b.values[key][in_b] for key in keys], axis=1)
-    counted = ~np.isnan(x + y).any(axis=1)
-    groups = a.labels[in_a][counted]
-    rows = paired_differences(x[counted], y[counted], groups, resamples=resamples, seed=seed)
-    return int(counted.sum()), dict(zip(keys, rows, strict=True))
-
-
-def table(differences: Differences) -> str:
-    """In percent and points as aligned plain text, a row per score."""
+def _table(differences: Mapping[str, Difference]) -> str:
+    """In percent and points, a row per score."""
     rows = [["%", "A", "B", "B - A", "95 % interval"]]
     for key, d in differences.items():
         interval = f"{100 * d.low:+.2f} to {100 * d.high:+.2f}"
         cells = f"{100 * d.a:.2f}", f"{100 * d.b:.2f}", f"{100 * d.difference:+.2f}", interval
-        rows.append([key, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read both, refuse what cannot be compared, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmljax.cli.compare",
-        description="Differences of two runs' scores, query by query, with bootstrap intervals "
-        "over the test items.",
-    )
-    parser.add_argument("a", metavar="A", type=Path, help="directory of a run, or its results.json")
-    parser.add_argument("b", metavar="B", type=Path, help="the same of another run")
-    parser.add_argument("--resamples", type=int, default=10_000, help="default 10000")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples; default 0")
-    parser.add_argument(
-        "--force", action="store_true", help="compare what was evaluated by different protocols"
-    )
-    options = parser.parse_args(arguments)
-    if options.resamples < 1 or options.seed < 0:
-        parser.error("--resamples must be at least 1 and --seed at least 0")
-    a, b = read_records(options.a), read_records(options.b)
-    if differing := stamp_differences(a.protocol, b.protocol):
-        text = f"{options.a} and {options.b} were evaluated differently: {'; '.join(differing)}"
-        if not options.force:
-            raise UserError(f"{text}; evaluate both alike, or ask for it by --force")
-        print(f"warning: {text}", file=sys.stderr)
-    count, differences = compare(a, b, resamples=options.resamples, seed=options.seed)
-    print(f"A {options.a}, step {a.step}\nB {options.b}, step {b.step}")
-    print(table(differences))
-    print(
-        f"{count} queries counted in both; intervals from {options.resamples} resamples of the "
-        f"items, seed {options.seed}; what another training seed would change is not in them"
-    )
-
-
-def run() -> None:
-    """A user's mistake is one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"mmljax: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    run()
+        rows.append([printable(key), *cells])
+    return text_table(rows)

@@ -1,34 +1,30 @@
-"""``python -m mmljax.cli.doctor [--config CONFIG] [--workdir DIR]``: what would keep a run from going.
+"""Check what would stop a run, before it starts.
 
-One line per check: ``ok``, ``warn``, ``FAIL`` with the cure, or ``skip`` with the reason. Exit code
-2 if a check failed, else 0. The imports of what checks are deferred, so that ``--help`` is
-immediate.
+    mmljax doctor --config configs/inshop.py --config.data.directory=data/inshop
+
+One line per check: ok, warn, FAIL with the cure, or skip with the reason. The exit code is 2 if a
+check fails.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
-
-from mmljax.cli import command
-from mmljax.config import Config
+from mmljax.cli import options as shared
+from mmljax.text import printable
 
 if TYPE_CHECKING:
+    from mmljax.config import Config
     from mmljax.training.checks import Finding
-
-_SECONDS = flags.DEFINE_float(
-    "seconds", 5.0, "For how long the input and the step are timed, each.", lower_bound=0.0
-)
-flags.adopt_module_key_flags(command)
 
 RUN_CHECKS = ("data", "config", "disk", "input against step")
 
 
 def examine(config: Config | None, workdir: Path, *, seconds: float) -> Iterator[Finding]:
-    """Findings of all checks, one by one; those of a run are skipped where no config is given."""
+    """The findings of all checks, one by one; those of a run are skipped without a config."""
     from mmljax.training import checks
 
     yield checks.check_versions()
@@ -46,22 +42,29 @@ def examine(config: Config | None, workdir: Path, *, seconds: float) -> Iterator
         yield checks.check_disk(workdir, trainer.state, kept=config.checkpoint)
         yield checks.check_speed(config, dataset, trainer, workdir, seconds=seconds)
         return
-    reason = "no --config is given" if config is None else "what it needs has failed"
+    reason = "no --config is given" if config is None else "an earlier check failed"
     for name in RUN_CHECKS[(config is not None) + (dataset is not None) :]:
         yield checks.Finding("skip", name, reason)
 
 
-def main(argv: list[str]) -> int:
-    """Print the findings as they come."""
-    config = command.given_config(argv)
-    workdir = command.given_workdir(config)
-    command.start_log()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mmljax doctor``."""
+    shared.add_config(parser)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="how long the input and the step are timed, each; default 5",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings as they are made."""
+    config = shared.load_config(options)
     failed = False
-    for verdict, name, text in examine(config, workdir, seconds=_SECONDS.value):
-        print(f"{verdict:<5} {name:<19} {text}", flush=True)
+    for verdict, name, text in examine(
+        config, shared.workdir(options, config), seconds=options.seconds
+    ):
+        print(f"{verdict:<5} {name:<19} {printable(text)}", flush=True)
         failed |= verdict == "FAIL"
     return 2 if failed else 0
-
-
-if __name__ == "__main__":
-    command.run(main)

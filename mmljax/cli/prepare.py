@@ -1,26 +1,25 @@
 """Write In-Shop Clothes Retrieval, from a manual download, into a few large files.
 
-    python -m mmljax.cli.prepare /data/inshop /data/tfds
-    python -m mmljax.main --config configs/inshop.py --config.data.source=tfds_in_shop \\
-      --config.data.directory=/data/tfds
+    mmljax prepare data/inshop data/tfds
+
+A run then reads the large files: --config.data.source=tfds_in_shop
+--config.data.directory=data/tfds.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mmljax.errors import UserError
-from mmljax.inference import embed as offline
 
 
-def main() -> None:
-    """Parse the arguments and prepare."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmljax.cli.prepare",
-        description="Write In-Shop Clothes Retrieval, downloaded by hand, into a few large files.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mmljax prepare``."""
+    parser.add_argument("folder", metavar="FOLDER", help="of the download: holds Img/ and Eval/")
+    parser.add_argument(
+        "output", metavar="OUTPUT", help="folder to write: --config.data.directory of a run"
     )
-    parser.add_argument("manual_dir", help="folder that holds Img/ and Eval/")
-    parser.add_argument("data_dir", help="where to write: --config.data.directory of a run")
     parser.add_argument(
         "--variant",
         choices=("low", "high", "cropped"),
@@ -30,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--no-check-counts",
         action="store_true",
-        help="for other data in the layout of the benchmark",
+        help="accept other numbers of images than the benchmark's",
     )
     parser.add_argument(
         "--file-format",
@@ -38,20 +37,26 @@ def main() -> None:
         default="tfrecord",
         help="held in memory by a run, or read at random from the files",
     )
-    options = parser.parse_args()
-    offline.quiet_libraries()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prepare the data set."""
+    if Path(options.output).exists() and not Path(options.output).is_dir():
+        raise UserError(f"OUTPUT={options.output} is a file; name a folder")
     try:
         from mmljax.data.readers import in_shop_builder as in_shop
     except ImportError as error:
-        raise UserError(f"this needs TFDS ({error}); pip install 'mmljax[data]'") from error
-    in_shop.prepare(
-        options.manual_dir,
-        options.data_dir,
-        variant=options.variant,
-        check_counts=not options.no_check_counts,
-        file_format=options.file_format,
-    )
-
-
-if __name__ == "__main__":
-    offline.run(main)
+        raise UserError(
+            f"mmljax prepare needs TFDS ({error}): pip install 'mmljax[data]'"
+        ) from error
+    try:
+        in_shop.prepare(
+            options.folder,
+            options.output,
+            variant=options.variant,
+            check_counts=not options.no_check_counts,
+            file_format=options.file_format,
+        )
+    except UserError as error:
+        raise UserError(str(error).replace("check_counts=False", "--no-check-counts")) from error
+    return 0

@@ -1,109 +1,71 @@
-"""What the commands that use a trained network share: which images, and their embeddings."""
+"""Embeddings of image files or of a split, written as a resumable Parquet file."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
-import importlib.util
 import logging
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Bool, Float
 
+from mmljax.data.load import eval_batches, load_dataset
+from mmljax.data.readers.image_files import list_images
 from mmljax.errors import UserError
+from mmljax.inference import embedder
+from mmljax.inference.embedder import TrainedEmbedder
+from mmljax.inference.embedding_file import FORMAT, embeddings_table
+from mmljax.inference.parquet_parts import Parts
+from mmljax.retrieval.evaluate import embed_batches
+from mmljax.types import Batch, Split
 
-if TYPE_CHECKING:  # at run time only once the arguments are found good
-    from mmljax.inference.embedder import TrainedEmbedder
-    from mmljax.types import Batch, Split
-
-SPLITS = ("train", "query", "gallery")
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """``--run`` and ``--step``."""
-    parser.add_argument("--run", type=Path, required=True, help="directory of a run: its --workdir")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
+_log = logging.getLogger(__name__)
 
 
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """``--images`` or ``--split``, and what happens to an image that cannot be decoded."""
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument(
-        "--images", nargs="+", metavar="PATH", help="image files, or folders and all below them"
-    )
-    choice.add_argument("--split", choices=SPLITS, help="of the run's own data set")
-    parser.add_argument(
-        "--skip-corrupt",
-        action="store_true",
-        help="leave out images that cannot be decoded, and count them",
-    )
-
-
-def add_piece_option(parser: argparse.ArgumentParser) -> None:
-    """``--rows-per-part``."""
-    parser.add_argument(
-        "--rows-per-part",
-        type=int,
-        default=8192,
-        help="images after which what is done is kept; default 8192",
-    )
-
-
-def require(package: str) -> None:
-    """Check, before any work is done, that an optional package is there.
-
-    Raises:
-      UserError: if it is absent.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"this needs {package}, which is absent; pip install 'mmljax[offline]'")
-
-
-def quiet_libraries() -> None:
-    """Silence of what tells too much, before it is loaded."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+def load(run: Path, *, step: int | None) -> TrainedEmbedder:
+    """The network of a run, with an evaluation batch size that this machine's devices divide."""
+    trained = embedder.load_embedder(run, step=step)
+    data, devices = trained.config.data, jax.device_count()
+    size = -(-data.eval_batch_size // devices) * devices
+    data = dataclasses.replace(data, eval_batch_size=size)
+    return trained._replace(config=dataclasses.replace(trained.config, data=data))
 
 
 def chosen_images(
-    trained: TrainedEmbedder, *, images: list[str] | None, split: str | None
+    trained: TrainedEmbedder, *, images: Sequence[str] | None, split: str | None
 ) -> Split:
-    """The images that the options name.
+    """Image files, or a split of the run's own data set; its queries if neither is named.
+
+    Args:
+      trained: the network.
+      images: paths of image files and folders.
+      split: ``train``, ``query`` or ``gallery``.
 
     Raises:
-      UserError: if there is none, or the network does not take such images.
+      UserError: if there is no image, or the network does not take such images.
     """
     if images is not None:
-        from mmljax.data.readers.image_files import list_images
-
         if trained.channels != 3:
             raise UserError(
-                f"the network takes images of {trained.channels} channels, but files are read as "
-                "colour; embed a --split of its own data"
+                f"the network takes images of {trained.channels} channels, but files are read in "
+                "colour; use a --split of the run's own data set"
             )
         return list_images(images, flag="--images")
-    from mmljax.data.load import load_dataset
-
     found = getattr(load_dataset(trained.config), split or "query")
     if found is None:
-        raise UserError(
-            "--split=gallery: the run's queries search among themselves; take --split=query"
-        )
+        raise UserError("--split=gallery: the run has no gallery of its own; use --split=query")
     return found
 
 
-def digest_of_images(split: Split) -> str:
-    """Sixteen hexadecimal digits that change with any name or size, and with images in memory."""
+def images_digest(split: Split) -> str:
+    """Sixteen hexadecimal digits of names and sizes, and of the pixels of images in memory."""
     digest = hashlib.sha256()
     for name, image in zip(split.names, split.images, strict=True):
         if isinstance(image, str):
@@ -115,83 +77,61 @@ def digest_of_images(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def in_even_batches(trained: TrainedEmbedder) -> TrainedEmbedder:
-    """The same with a batch size that divides over the devices of this machine."""
-    import jax
-
-    data, devices = trained.config.data, jax.device_count()
-    size = -(-data.eval_batch_size // devices) * devices
-    data = dataclasses.replace(data, eval_batch_size=size)
-    return trained._replace(config=dataclasses.replace(trained.config, data=data))
-
-
 def embed_images(
     trained: TrainedEmbedder,
     split: Split,
     *,
     skip_corrupt: bool,
     advance: Callable[[int], Any] = lambda images: None,
-) -> tuple[Split, np.ndarray]:
-    """The images that could be decoded, and their embeddings ``[n d]``, float32.
+) -> tuple[Split, Float[np.ndarray, "n d"]]:
+    """The images that could be decoded, and their embeddings, float32.
 
     Args:
       trained: the network.
       split: the images.
-      skip_corrupt: whether to leave out images that cannot be decoded.
-      advance: called with numbers of images that are done, in all those of the split; with a
-        negative one for what must be done again.
+      skip_corrupt: whether to leave out images that cannot be decoded; a warning names each.
+      advance: called with the number of images finished since the last call; a negative number
+        takes back images that are embedded again. The numbers add up to those of the split.
 
     Raises:
-      UserError: naming an image that cannot be decoded, unless such are to be left out, or whose
-        embedding is not finite.
+      UserError: if an image cannot be decoded and ``skip_corrupt`` is false, or an embedding is not
+        finite; names the image.
     """
-    from mmljax.data.load import eval_batches
-
-    batches = eval_batches(split, trained.config, trained.mesh)
     try:
-        vectors = _embed(trained, split, batches, advance)
+        vectors = _embed(trained, split, advance)
     except UserError as error:
         if not skip_corrupt:
             raise UserError(f"{error}; --skip-corrupt leaves out such images") from error
-        from mmljax.data.pipeline import decodable
-
         kept = decodable(split, trained.config.data)
         if kept.all():
             raise
         for name in split.names[~kept]:
-            print(f"left out: {name} cannot be decoded", file=sys.stderr)
+            _log.warning("left out: %s cannot be decoded", name)
         advance(int(np.sum(~kept)))
         split = rows_of(split, kept)
-        batches = eval_batches(split, trained.config, trained.mesh)
-        vectors = _embed(trained, split, batches, advance)
+        vectors = _embed(trained, split, advance)
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
         raise UserError(
-            f"the embedding of image {split.names[bad][0]} is not finite; take another --step"
+            f"the embedding of image {split.names[bad][0]} is not finite; use another --step"
         )
     return split, vectors
 
 
 def _embed(
-    trained: TrainedEmbedder,
-    split: Split,
-    batches: Iterator[Batch],
-    advance: Callable[[int], Any],
-) -> np.ndarray:
-    from mmljax.retrieval.evaluate import embed_batches
-
-    total = len(split.labels)
+    trained: TrainedEmbedder, split: Split, advance: Callable[[int], Any]
+) -> Float[np.ndarray, "n d"]:
+    total, done = len(split.labels), 0
     if not total:
         return np.zeros((0, trained.config.model.embedding_size), np.float32)
-    done = 0
 
     def counted() -> Iterator[Batch]:
         nonlocal done
-        for batch in batches:
+        for batch in eval_batches(split, trained.config, trained.mesh):
             yield batch
-            step = min(len(batch.labels), total - done)
-            done += step
-            advance(step)
+            count = min(len(batch.labels), total - done)
+            done += count
+            advance(count)
 
     try:
         return embed_batches(trained.embed, counted())[0].astype(np.float32)
@@ -200,35 +140,108 @@ def _embed(
         raise
 
 
-def rows_of(split: Split, rows: Any) -> Split:
-    """Some images of a split, by a slice or a mask."""
+def rows_of(split: Split, rows: slice | Bool[np.ndarray, " n"]) -> Split:
+    """Some images of a split."""
     return type(split)(*(column[rows] for column in split))
 
 
-def pieces(split: Split, *, rows: int, batch: int) -> list[slice]:
-    """Slices of a split of about ``rows`` images, whole batches each but for the last."""
-    rows = max(1, rows // batch) * batch
+def embedded_parts(
+    trained: TrainedEmbedder,
+    split: Split,
+    *,
+    rows_per_part: int,
+    skip_corrupt: bool,
+    skip: Callable[[int], bool] = lambda number: False,
+    progress: bool = True,
+) -> Iterator[tuple[int, Split, Float[np.ndarray, "n d"]]]:
+    """Embed a split part by part: the part's number, its images and their embeddings.
+
+    Args:
+      trained: the network.
+      split: the images.
+      rows_per_part: about how many images; parts are of whole batches except for the last.
+      skip_corrupt: as :func:`embed_images`.
+      skip: whether the part of a number is finished already.
+      progress: whether to show a progress bar, where stderr is a terminal.
+    """
+    with progress_bar(split.labels, shown=progress) as bar:
+        for number, part in enumerate(_slices(trained, split, rows_per_part)):
+            rows = rows_of(split, part)
+            if skip(number):
+                bar.update(len(rows.labels))
+            else:
+                yield (
+                    number,
+                    *embed_images(trained, rows, skip_corrupt=skip_corrupt, advance=bar.update),
+                )
+
+
+def count_parts(trained: TrainedEmbedder, split: Split, *, rows_per_part: int) -> int:
+    """The number of parts of :func:`embedded_parts`."""
+    return len(_slices(trained, split, rows_per_part))
+
+
+def _slices(trained: TrainedEmbedder, split: Split, rows_per_part: int) -> list[slice]:
+    batch = trained.config.data.eval_batch_size
+    rows = max(1, rows_per_part // batch) * batch
     return [slice(first, first + rows) for first in range(0, len(split.labels), rows)]
 
 
-def run(main: Callable[[], Any]) -> None:
-    """A user's mistake is one line on stderr and exit code 2; 130 if it was broken off."""
-    try:
-        code = main()
-    except UserError as error:
-        print(f"mmljax: error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("mmljax: broken off; give the same command again to go on", file=sys.stderr)
-        code = 130
-    sys.exit(code)
-
-
-def bar(items: Sequence[Any], *, unit: str) -> Any:
-    """The items with a progress bar, on stderr if that is a terminal.
-
-    A ``tqdm`` bar: to be iterated over, or to be moved by its ``update`` within a ``with``.
-    """
+def progress_bar(items: Sequence[Any], *, shown: bool = True) -> Any:
+    """A ``tqdm`` bar of images: to be iterated over, or moved by ``update`` within a ``with``."""
     from tqdm import tqdm
 
-    return tqdm(items, unit=unit, disable=None, file=sys.stderr, dynamic_ncols=True)
+    disable = None if shown else True  # None: where stderr is no terminal
+    return tqdm(items, unit="image", disable=disable, file=sys.stderr, dynamic_ncols=True)
+
+
+def write_embeddings(
+    trained: TrainedEmbedder,
+    split: Split,
+    output: Path,
+    *,
+    source: str,
+    rows_per_part: int,
+    skip_corrupt: bool,
+) -> tuple[int, int] | None:
+    """Write a file of embeddings (:mod:`mmljax.inference.embedding_file`), or resume writing it.
+
+    Args:
+      trained: the network.
+      split: the images.
+      output: the file.
+      source: what the images are, for the metadata.
+      rows_per_part: images between two saves.
+      skip_corrupt: whether to leave out images that cannot be decoded.
+
+    Returns:
+      The numbers of images in the file and left out; None if the file was complete before.
+
+    Raises:
+      UserError: if the output has other contents, is being written by another process or cannot be
+        written, or an image, or all of them, cannot be decoded.
+    """
+    identity = {
+        "format": FORMAT,
+        **trained.identity,
+        "source": source,
+        "images": len(split.labels),
+        "digest": images_digest(split),
+        "batch": trained.config.data.eval_batch_size,
+        "rows_per_part": rows_per_part,
+        "skip_corrupt": skip_corrupt,
+    }
+    with Parts(output, identity) as parts:
+        if parts.finished:
+            return None
+        for number, kept, vectors in embedded_parts(
+            trained, split, rows_per_part=rows_per_part, skip_corrupt=skip_corrupt, skip=parts.has
+        ):
+            parts.write(number, embeddings_table(kept.names, kept.labels, vectors))
+        total = count_parts(trained, split, rows_per_part=rows_per_part)
+        count = sum(map(parts.rows, range(total)))
+        if not count:
+            raise UserError(f"none of the {len(split.labels)} images can be decoded; name others")
+        left_out = len(split.labels) - count
+        parts.join(total, facts={"rows": count, "left_out": left_out})
+    return count, left_out

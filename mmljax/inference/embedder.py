@@ -1,7 +1,7 @@
-"""The embedding network of a run, out of its checkpoint and ready to embed.
+"""Load the trained network of a run from its checkpoint.
 
-Of a checkpoint only the network's weights and BatchNorm's statistics are read: neither proxies nor
-the optimiser's state, which are the larger part. The data set is not needed.
+Only the network's weights and BatchNorm statistics are read, not the proxies and the optimiser's
+state, which are larger. The data set is not needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TrainedEmbedder(NamedTuple):
     """A network in evaluation mode, on all devices."""
 
     config: Config  # of its run
-    identity: dict[str, Any]  # what embeddings must agree in to be comparable, and the run's name
+    identity: dict[str, Any]  # the run's name, and what comparable embeddings share
     channels: int  # of the images
     graphdef: nnx.GraphDef
     network: Params
@@ -45,7 +45,7 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
 
     ``embed`` takes crops of ``config.data.image_size`` pixels a side, uint8, made as evaluation
     makes them: the short side resized to ``config.data.resize_size``, then cropped at the centre.
-    ``identity`` tells ``config`` (its fingerprint), ``step``, ``weights`` (sixteen hexadecimal
+    ``identity`` has ``config`` (its fingerprint), ``step``, ``weights`` (sixteen hexadecimal
     digits of their bytes) and the sizes.
 
     Args:
@@ -94,25 +94,29 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
     """The run's directory, and the step if the path or the argument names one."""
-    if (path / CONFIG).exists():
-        return path, step
-    path = path.resolve()
-    if path.name == "checkpoints" and (path.parent / CONFIG).exists():
-        return path.parent, step
-    if path.name.isdigit() and (path.parents[1] / CONFIG).exists():
-        named = int(path.name)
-        if step not in (None, named):
-            raise UserError(f"--run names step {named} and --step {step}; name it once")
-        return path.parents[1], named
-    found = f"holds no {CONFIG}" if path.is_dir() else "does not exist"
-    raise UserError(f"--run={path} {found}; name the --workdir of a run of mmljax.main")
+    try:
+        if (path / CONFIG).exists():
+            return path, step
+        path = path.resolve()
+        if path.name == "checkpoints" and (path.parent / CONFIG).exists():
+            return path.parent, step
+        run = path.parent.parent
+        if path.name.isascii() and path.name.isdigit() and (run / CONFIG).exists():
+            named = int(path.name)
+            if step not in (None, named):
+                raise UserError(f"run {path} names step {named} and --step {step}; name it once")
+            return run, named
+        found = f"has no {CONFIG}" if path.is_dir() else "does not exist"
+    except (OSError, RuntimeError) as error:  # too long, not accessible, or a link to itself
+        found = f"cannot be read ({getattr(error, 'strerror', None) or 'a link to itself'})"
+    raise UserError(f"run {path} {found}; name the --workdir of mmljax train")
 
 
 def _checked_step(run: Path, step: int | None) -> int:
     steps = steps_in(run / "checkpoints")
     if not steps:
         raise UserError(
-            f"--run={run} has no whole checkpoint yet; wait for the first one "
+            f"run {run} has no complete checkpoint yet; wait for the first one "
             "(--config.checkpoint.every), or start the run again"
         )
     if step is not None and step not in steps:
@@ -121,7 +125,7 @@ def _checked_step(run: Path, step: int | None) -> int:
 
 
 def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The network's graph, and shapes of the part of a train state that it needs."""
+    """The network's graph, and the shapes of its part of a train state."""
     model = nnx.eval_shape(
         lambda: make_embedder(config, channels=channels, rngs=nnx.Rngs(jax.random.key(0)))
     )
@@ -133,10 +137,10 @@ def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, dict[st
 
 
 def _channels(config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Path) -> int:
-    """Channels of the images: the one size of a parameter that follows them.
+    """Channels of the images, from the one parameter whose shape depends on them.
 
     Raises:
-      UserError: if the checkpoint is of another network than the config's.
+      UserError: if the checkpoint is not of the config's network.
     """
     one, two = (_shapes(_abstract(config, channels)[1]) for channels in (1, 2))
     (name,) = (name for name in one if one[name] != two[name])

@@ -1,8 +1,8 @@
-"""Files of embeddings, as ``python -m mmljax.cli.embed`` writes them: their columns, and reading them.
+"""The files of embeddings that ``mmljax embed`` writes: their columns, and reading them.
 
 =============  ========================  =======================================================
 ``id``         string                    the image's name
-``label``      int32, or null            its item in the numbering of its split, where known
+``label``      int32, or null            the item's number in its split, where known
 ``embedding``  fixed-size list, float32  a unit vector
 =============  ========================  =======================================================
 """
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from mmljax.errors import UserError
 from mmljax.inference.parquet_parts import metadata
+from mmljax.text import one_line
 
 FORMAT = "mmljax embeddings 1"
 
 
 class Gallery(NamedTuple):
-    """Embeddings to search, on disk, and what is told of each."""
+    """Embeddings to search, on disk, with the name and label of each."""
 
-    vectors: np.ndarray  # [g d] float32, mapped from a file that vanishes with it
+    vectors: Float[np.ndarray, "g d"]  # float32, mapped from a temporary file
     ids: Any  # pyarrow [g] string
     labels: Any  # pyarrow [g] int32 or null
     made_from: dict[str, Any]  # run, step, weights, sizes, ...
@@ -51,11 +53,11 @@ def embeddings_table(names: np.ndarray, labels: np.ndarray, vectors: np.ndarray)
     )
 
 
-def read_made_from(path: Path) -> dict[str, Any]:
-    """What a file of embeddings was made from; none of them is read.
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a file of embeddings: run, step, sizes, ...; no embedding is read.
 
     Raises:
-      UserError: if it is no file of embeddings.
+      UserError: if it is not a file of embeddings.
     """
     from pyarrow import parquet
 
@@ -66,21 +68,21 @@ def read_made_from(path: Path) -> dict[str, Any]:
         wanted = embeddings_table(np.zeros(0, str), np.zeros(0, np.int32), nothing).schema
         if parquet.read_schema(path).equals(wanted):
             return made_from
-    raise UserError(f"{path} holds no embeddings; make such a file by python -m mmljax.cli.embed")
+    raise UserError(f"{path} holds no embeddings; make such a file by mmljax embed")
 
 
 def read_gallery(path: Path) -> Gallery:
-    """Embeddings of a file, for a search that goes over them again and again.
+    """The embeddings of a file, memory-mapped for repeated searches.
 
     They are unpacked once into a temporary file (in the folder that ``TMPDIR`` names), 4 bytes per
-    number, and mapped, so that memory holds no more of them than is being searched.
+    number, so that memory holds only the part that is being searched.
 
     Raises:
-      UserError: if it is no file of embeddings or damaged, or the temporary file has no room.
+      UserError: if it is not a file of embeddings or damaged, or the temporary file has no room.
     """
     from pyarrow import parquet
 
-    made_from = read_made_from(path)
+    made_from = read_metadata(path)
     size = made_from["embedding_size"]
     try:
         with parquet.ParquetFile(path) as file, tempfile.TemporaryFile() as raw:
@@ -94,7 +96,7 @@ def read_gallery(path: Path) -> Gallery:
         table = parquet.read_table(path, columns=["id", "label"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} cannot be read or unpacked ({' '.join(str(error).split())[:200]}); make it "
+            f"{path} cannot be read or unpacked ({one_line(error)}); make it "
             "again, or set TMPDIR to a folder on a disk with room for its embeddings"
         ) from error
     return Gallery(vectors, table["id"], table["label"], made_from)

@@ -1,34 +1,39 @@
-"""``python -m mmljax.inference.export``: the network of a run as one file that needs jax and numpy alone.
+"""Export the network of a run as one file that needs only jax and numpy, and check the file.
 
-What is exported is the standardisation of pixels, the network and the unit length, with the weights
-in it, for any number of images. ``embedder.json`` says how to load it and how images must be
-cropped. ``receipt.json`` tells whether the file, loaded in a process that can import nothing else,
+The file holds the pixel standardisation, the network with its weights and the normalisation to unit
+length, for any number of images. ``embedder.json`` says how to load it and how images must be
+cropped. ``receipt.json`` says whether the file, loaded in a process that can import nothing else,
 gave the run's embeddings of real images: within ``TOLERANCE``, and with the same neighbours.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import export
+from jax.export import Exported
+from jaxtyping import Float, UInt8
 
+from mmljax.data.load import eval_batches
 from mmljax.errors import UserError
-from mmljax.inference import embed as offline
-
-if TYPE_CHECKING:
-    from jax.export import Exported
-
-    from mmljax.inference.embedder import TrainedEmbedder
-    from mmljax.types import Split
+from mmljax.files import Locked, acquire_lock, write_atomically
+from mmljax.inference.embedder import TrainedEmbedder
+from mmljax.retrieval.search import nearest_neighbors
+from mmljax.text import one_line
+from mmljax.types import Split
 
 ARTEFACT, DESCRIPTION, RECEIPT = "embedder.jax", "embedder.json", "receipt.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -83,12 +88,7 @@ class Lowered(NamedTuple):
 
 
 def lower(trained: TrainedEmbedder) -> Lowered:
-    """``uint8 [b s s ch] -> float32 [b d]``, ``b`` free, for all platforms that take it."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-    from jax import export
-
+    """Lower ``uint8 [b s s ch] -> float32 [b d]``, for any ``b``, for all possible platforms."""
     weights = jax.tree.map(np.asarray, (trained.network, trained.model_state))
 
     def embed(images: jax.Array) -> jax.Array:
@@ -109,14 +109,12 @@ def lower(trained: TrainedEmbedder) -> Lowered:
         try:
             attempt((PLATFORMS[0], platform))
         except refusals as error:
-            refused[platform] = " ".join(str(error).split())[:200]
+            refused[platform] = one_line(error)
     return Lowered(attempt([p for p in PLATFORMS if p not in refused]), refused)
 
 
 def describe(trained: TrainedEmbedder, lowered: Lowered) -> dict[str, Any]:
-    """What ``embedder.json`` holds."""
-    import jax
-
+    """The contents of ``embedder.json``."""
     data, size = trained.config.data, trained.identity["embedding_size"]
     colours = "red, green, blue" if trained.channels == 3 else f"{trained.channels} channels"
     return {
@@ -137,16 +135,14 @@ def describe(trained: TrainedEmbedder, lowered: Lowered) -> dict[str, Any]:
     }
 
 
-def embed_crops(trained: TrainedEmbedder, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluation's crops ``[n s s ch]`` of some images, and the run's embeddings of them.
+def embed_crops(
+    trained: TrainedEmbedder, split: Split
+) -> tuple[UInt8[np.ndarray, "n s s ch"], Float[np.ndarray, "n d"]]:
+    """The evaluation's crops of some images, and the run's embeddings of them.
 
-    They are embedded as :func:`embed_in_clean_process` does it, the first one by itself: in
-    bfloat16 how a network rounds depends on how many images it is given at once.
+    They are embedded as in :func:`embed_in_clean_process`, the first one by itself: in bfloat16 the
+    rounding of a network depends on the number of images in a call.
     """
-    import jax.numpy as jnp
-
-    from mmljax.data.load import eval_batches
-
     crops = np.concatenate(
         [
             np.asarray(batch.images)[np.asarray(batch.valid)]
@@ -159,16 +155,18 @@ def embed_crops(trained: TrainedEmbedder, split: Split) -> tuple[np.ndarray, np.
     )
 
 
-def embed_in_clean_process(artefact: Path, crops: np.ndarray, *, batch: int) -> np.ndarray:
-    """What the file gives in a process that can import jax and numpy alone, in another folder.
+def embed_in_clean_process(
+    artefact: Path, crops: UInt8[np.ndarray, "n s s ch"], *, batch: int
+) -> Float[np.ndarray, "n d"]:
+    """Embeddings by the file, in a process in another folder that can import only jax and numpy.
 
     Args:
       artefact: the exported network.
-      crops: ``[n s s ch]``; the first is embedded by itself.
-      batch: of the others, how many at once.
+      crops: the images; the first is embedded by itself.
+      batch: how many of the others are embedded at once.
 
     Raises:
-      UserError: if it gives nothing.
+      UserError: if the process fails.
     """
     code = CHECK.format(
         allowed=ALLOWED,
@@ -190,14 +188,12 @@ def embed_in_clean_process(artefact: Path, crops: np.ndarray, *, batch: int) -> 
         )
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise UserError(f"{artefact} cannot be used in a process of its own: {last}")
+            raise UserError(f"{artefact} cannot be loaded in a process of its own: {last}")
         return np.load(Path(folder) / "vectors.npy")
 
 
-def parity(live: np.ndarray, reloaded: np.ndarray) -> dict[str, Any]:
-    """How two networks' embeddings of the same images ``[n d]`` differ."""
-    from mmljax.retrieval.search import nearest_neighbors
-
+def parity(live: Float[np.ndarray, "n d"], reloaded: Float[np.ndarray, "n d"]) -> dict[str, Any]:
+    """How two networks' embeddings of the same images differ."""
     k = min(NEIGHBORS, len(live) - 1)
     own = np.arange(len(live), dtype=np.int32)
     first, second = (
@@ -219,26 +215,45 @@ def parity(live: np.ndarray, reloaded: np.ndarray) -> dict[str, Any]:
 def export_run(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str, Any]:
     """Write the three files, and return the receipt.
 
+    They are made and checked in ``folder/.partial``, then moved, the receipt last. A process killed
+    before the move leaves the old files; one killed during it leaves whole files and no receipt.
+
     Args:
       trained: the network.
-      split: at least two images to check it on.
+      split: at least two images for the check.
       folder: made if absent.
 
     Raises:
-      UserError: if the folder cannot be written, an image cannot be read, or the file cannot be
-        used.
+      UserError: if the folder cannot be written or another export writes it, an image cannot be
+        read, or the file cannot be loaded.
     """
-    import jax
-
-    lowered = lower(trained)
-    description = json.dumps(describe(trained, lowered), indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECEIPT).unlink(missing_ok=True)  # what it told of is replaced now
-        (folder / ARTEFACT).write_bytes(lowered.exported.serialize())
-        (folder / DESCRIPTION).write_text(description, encoding="utf-8")
+        with acquire_lock(folder / ".lock"):
+            partial = folder / ".partial"
+            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+            partial.mkdir()
+            try:
+                receipt = _export(trained, split, partial)
+                (folder / RECEIPT).unlink(missing_ok=True)  # the old file's
+                for name in (ARTEFACT, DESCRIPTION, RECEIPT):
+                    os.replace(partial / name, folder / name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                (folder / ".lock").unlink()
+    except Locked as holder:
+        raise UserError(
+            f"--output={folder} is being written by {holder}; wait for it to end, or name another"
+        ) from None
     except OSError as error:
-        raise UserError(f"--output={folder} cannot be written: {error}") from error
+        raise UserError(f"--output={folder} cannot be written: {one_line(error)}") from error
+    return receipt
+
+
+def _export(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str, Any]:
+    lowered = lower(trained)
+    write_atomically(folder / ARTEFACT, bytes(lowered.exported.serialize()))
+    write_atomically(folder / DESCRIPTION, _json(describe(trained, lowered)))
     crops, live = embed_crops(trained, split)
     batch = trained.config.data.eval_batch_size
     reloaded = embed_in_clean_process(folder / ARTEFACT, crops, batch=batch)
@@ -249,47 +264,9 @@ def export_run(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str
         "could_import": list(ALLOWED),
         "jax": jax.__version__,
     }
-    (folder / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / RECEIPT, _json(receipt))
     return receipt
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Export, check, and say how it went: 0, or 1 if the check does not hold."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmljax.inference.export",
-        description="Write the network of a run as a file that needs jax and numpy alone, and "
-        "check it in a process that has no more. Runs on CPU unless JAX_PLATFORMS is set.",
-    )
-    offline.add_run_options(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        metavar="PATH",
-        help="images to check it on, files or folders; default: the run's own queries",
-    )
-    parser.add_argument("--count", type=int, default=64, help="of these; default 64")
-    options = parser.parse_args(arguments)
-    if options.count < 2:
-        parser.error("--count must be at least 2")
-    offline.require("flatbuffers")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    offline.quiet_libraries()
-    from mmljax.inference.embedder import load_embedder
-
-    trained = offline.in_even_batches(load_embedder(options.run, step=options.step))
-    split = offline.chosen_images(trained, images=options.images, split=None)
-    split = offline.rows_of(split, slice(options.count))
-    if len(split.labels) < 2:
-        raise UserError("--images: one image has no neighbours to compare; name two at least")
-    receipt = export_run(trained, split, options.output)
-    print(
-        f"{options.output / ARTEFACT}: on {receipt['images']} images the embeddings differ by at "
-        f"most {receipt['largest_difference']:.1e}, and {receipt['queries_with_equal_neighbors']} "
-        f"have equal neighbours: parity {'holds' if receipt['holds'] else 'does NOT hold'}"
-    )
-    return 0 if receipt["holds"] else 1
-
-
-if __name__ == "__main__":
-    offline.run(main)
+def _json(contents: dict[str, Any]) -> str:
+    return json.dumps(contents, indent=2) + "\n"

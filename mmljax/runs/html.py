@@ -1,4 +1,4 @@
-"""``python -m mmljax.runs.html RUN``: a run's retrieval as one HTML file that needs nothing else.
+"""A run's retrieval as one HTML file that needs nothing else.
 
 The scores and the protocol behind them, the curves of the contributions, the scores by category,
 and the queries with the worst scores beside what they found. It reads the records of the last
@@ -8,7 +8,6 @@ is run. Whatever comes from the data is escaped, and the file refers to no addre
 
 from __future__ import annotations
 
-import argparse
 import base64
 import importlib.util
 import math
@@ -20,9 +19,8 @@ import numpy as np
 
 from mmljax.data.thumbnails import thumbnail, webp
 from mmljax.errors import UserError
-from mmljax.inference import embed as offline
 from mmljax.retrieval.records import Neighbors, Records, make_stamp, read_records
-from mmljax.runs.reader import add_directory_option, load_run_data, read_run
+from mmljax.runs.reader import read_run
 from mmljax.runs.writer import read_metrics, score_keys, score_name, write_atomically
 
 if TYPE_CHECKING:  # at run time they would bring jax before the arguments are found good
@@ -95,7 +93,7 @@ def write_page(
     if records.neighbors is None:
         raise UserError(
             f"{run} was evaluated by a version that kept no neighbours; run its command into "
-            "another --workdir, or see it by python -m mmljax.cli.atlas"
+            "another --workdir, or see it by mmljax atlas"
         )
     if records.protocol != make_stamp(dataset, config):
         raise UserError(
@@ -254,29 +252,3 @@ def _fitting(context: Mapping[str, Any], images: Sequence[Image]) -> str:
         if len(text.encode()) <= LIMIT:
             break
     return text
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page of the run that the options name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmljax.runs.html",
-        description="Write a run's scores, curves and worst queries as one HTML file.",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run: its --workdir")
-    parser.add_argument("--output", type=Path, help="HTML file; default: page.html in the run")
-    parser.add_argument("--worst", type=int, default=200, help="queries shown; default 200")
-    add_directory_option(parser)
-    options = parser.parse_args(arguments)
-    if options.worst < 1:
-        parser.error("--worst must be at least 1")
-    require_packages(_PACKAGES, extra="page")
-    offline.quiet_libraries()
-    config, dataset = load_run_data(options.run, directory=options.directory)
-    path = write_page(
-        options.run, dataset=dataset, config=config, output=options.output, worst=options.worst
-    )
-    print(path)
-
-
-if __name__ == "__main__":
-    offline.run(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -101,14 +100,6 @@ def _read(path: Path | str) -> tuple[int, list[dict[str, Any]]]:
     if targets:
         rows.append({"step": 0, "kind": "target", **targets})
     return seed, rows
-
-
-def add_directory_option(parser: argparse.ArgumentParser) -> None:
-    """``--directory``."""
-    parser.add_argument(
-        "--directory",
-        help="where the run's data set lies now; default: where its config says",
-    )
 
 
 def read_config(run: Path) -> Config:

@@ -1,7 +1,8 @@
-"""The file for an embedding explorer: its columns, and that they tell what an evaluation finds."""
+"""The file for Embedding Atlas: its columns, which agree with the evaluation."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import saved
-from mmljax.cli import atlas as look
+from commands import run
 from mmljax.data.load import load_dataset
 from mmljax.errors import UserError
 
@@ -20,8 +21,8 @@ from pyarrow import parquet  # noqa: E402
 
 @pytest.fixture(scope="module")
 def path(saved_run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("look") / "new" / "look.parquet"
-    look.main([str(saved_run.folder), "--output", str(path)])
+    path = tmp_path_factory.mktemp("atlas") / "new" / "atlas.parquet"
+    assert run("atlas", saved_run.folder, "--output", path) == 0
     return path
 
 
@@ -119,21 +120,21 @@ def test_thumbnails_are_pictures_of_their_rows(table, dataset):
         assert np.corrcoef(pixels.ravel(), stored.ravel())[0, 1] > 0.9
 
 
-def test_command_names_the_one_that_opens_the_file(saved_run, tmp_path, capsys):
+def test_command_prints_how_to_open_the_file(saved_run, tmp_path, capsys):
     path = tmp_path / "a.parquet"
-    look.main([str(saved_run.folder), "--output", str(path), "--step", str(saved.STEPS[0])])
+    run("atlas", saved_run.folder, "--output", path, "--step", saved.STEPS[0])
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].split()[:2] == ["embedding-atlas", str(path)]
     named = shown[-1].split()[3::2]
     assert set(named) <= set(parquet.read_schema(path).names)
 
 
-def test_what_cannot_be_is_refused(saved_run, tmp_path, monkeypatch):
+def test_wrong_run_and_missing_packages(saved_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name the --workdir"):
-        look.main([str(tmp_path)])
-    monkeypatch.setattr(look.importlib.util, "find_spec", lambda name: name != "umap" or None)
-    with pytest.raises(UserError, match="umap-learn, which is absent"):
-        look.main([str(saved_run.folder), "--projection", "umap"])
-    monkeypatch.setattr(look.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"Pillow.*mmljax\[look\]"):
-        look.main([str(saved_run.folder)])
+        run("atlas", tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "umap" or None)
+    with pytest.raises(UserError, match="pip install umap-learn"):
+        run("atlas", saved_run.folder, "--projection", "umap")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package PIL.*mmljax\[look\]"):
+        run("atlas", saved_run.folder)

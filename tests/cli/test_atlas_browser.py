@@ -1,4 +1,4 @@
-"""The quickstart's file in Embedding Atlas: exported by its command, looked at in a browser."""
+"""The quickstart's file in Embedding Atlas, written by ``mmljax atlas``, in a browser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from browser import CHROMIUM, chromium
-from mmljax.cli import atlas as look
+from commands import run
+from mmljax.inference.atlas import opening_command
 
 pytest.importorskip("playwright", reason="pip install 'mmljax[browser]' brings Playwright")
 parquet = pytest.importorskip("pyarrow.parquet", reason="mmljax[look] brings PyArrow")
@@ -44,8 +45,8 @@ class Silent(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def path(quickstart, tmp_path_factory):
-    path = tmp_path_factory.mktemp("look") / "look.parquet"
-    look.main([str(quickstart.folder), "--output", str(path)])
+    path = tmp_path_factory.mktemp("atlas") / "atlas.parquet"
+    run("atlas", quickstart.folder, "--output", path)
     return path
 
 
@@ -58,7 +59,7 @@ def rows(path):
 def shown(path):
     """The explorer with the file in it, as the printed command opens it but without a server."""
     folder = path.parent / "atlas"
-    command = shlex.split(look.opening_command(path))
+    command = shlex.split(opening_command(path))
     subprocess.run(
         [*command, "--export-application", str(folder)],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},

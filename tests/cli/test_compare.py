@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmljax.cli import compare
+from commands import run
 from mmljax.errors import UserError
+from mmljax.retrieval import compare
 from mmljax.retrieval import records as protocol
 
 STAMP = {"queries": 6, "crop": 28}
@@ -44,10 +45,10 @@ def test_runs_of_other_protocols_are_refused_unless_forced(tmp_path, capsys) -> 
     for name, stamp in (("a", STAMP), ("b", STAMP | {"crop": 32})):
         (tmp_path / name).mkdir()
         protocol.write_records(tmp_path / name, records([1, 0, 0, 1, 0, 0], stamp=stamp))
-    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    paths = tmp_path / "a", tmp_path / "b"
     with pytest.raises(UserError, match="crop: 28"):
-        compare.main(paths)
-    compare.main([*paths, "--force"])
+        run("compare", *paths)
+    run("compare", *paths, "--force")
     shown = capsys.readouterr()
     assert "crop" in shown.err
     assert "+0.00 to +0.00" in shown.out

@@ -1,67 +1,56 @@
-"""The doctor as a user meets it: a line per check, and exit code 2 where one failed."""
+"""``mmljax doctor``: a line per check, and exit code 2 if one fails."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import small_runs
+from mmljax.cli import main
 from mmljax.cli.doctor import examine
 from mmljax.training import checks
 
 
-def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mmljax.cli.doctor", "--seconds=0.1", *arguments],
-        cwd=small_runs.ROOT,
-        env=small_runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def no_accelerator_for_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "visible_accelerators", list)
 
 
-def verdicts(done: subprocess.CompletedProcess[str]) -> list[str]:
-    assert "Traceback" not in done.stderr
-    return [line.split()[0] for line in done.stdout.splitlines()]
+def verdicts(shown: str) -> list[str]:
+    return [line.split()[0] for line in shown.splitlines()]
 
 
-def test_a_run_that_can_go(tmp_path: Path) -> None:
+def test_a_run_that_can_start(tmp_path: Path, capsys) -> None:
     config = small_runs.write_config(
         tmp_path / "small.py", small_runs.write_images(tmp_path / "images.npz")
     )
-    done = doctor(f"--config={config}", f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stdout
-    assert len(verdicts(done)) == 8
-    assert set(verdicts(done)) <= {"ok", "warn"}
+    code = main(["doctor", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--seconds=0.1"])
+    shown = capsys.readouterr().out
+    assert code == 0, shown
+    assert len(verdicts(shown)) == 8
+    assert set(verdicts(shown)) <= {"ok", "warn"}
     assert not (tmp_path / "run").exists()
 
 
-def test_faults_are_all_told_with_exit_code_2(tmp_path: Path) -> None:
+def test_all_faults_are_printed_with_exit_code_2(tmp_path: Path, capsys) -> None:
     config = small_runs.write_config(tmp_path / "small.py", tmp_path / "none.npz")
     (tmp_path / "file").write_text("")
-    done = doctor(f"--config={config}", f"--workdir={tmp_path / 'file'}")
-    assert done.returncode == 2
-    assert verdicts(done)[3:] == ["FAIL", "FAIL", "skip", "skip", "skip"]
-    assert "none.npz" in done.stdout
+    assert main(["doctor", f"--config={config}", f"--workdir={tmp_path / 'file'}"]) == 2
+    shown = capsys.readouterr().out
+    assert verdicts(shown)[3:] == ["FAIL", "FAIL", "skip", "skip", "skip"]
+    assert "none.npz" in shown
 
 
-def test_without_a_config_the_run_is_skipped_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "visible_accelerators", list)
+def test_without_a_config_the_checks_of_a_run_are_skipped(tmp_path: Path) -> None:
     found = list(examine(None, tmp_path, seconds=0.1))
     assert [x.verdict for x in found if x.name != "devices"] == ["ok"] * 3 + ["skip"] * 4
     assert {x.text for x in found if x.verdict == "skip"} == {"no --config is given"}
 
 
-def test_a_mistake_in_the_config_is_one_line(tmp_path: Path) -> None:
+def test_a_mistake_in_the_config_is_one_line(tmp_path: Path, capsys) -> None:
     config = small_runs.write_config(tmp_path / "small.py", tmp_path / "none.npz")
-    done = doctor(f"--config={config}", "--config.data.batchsize=3")
-    assert done.returncode == 2
-    assert done.stderr.startswith("mmljax: error:")
-    assert "batch_size" in done.stderr
+    assert main(["doctor", f"--config={config}", "--config.data.batchsize=3"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("mmljax: error:")
+    assert "batch_size" in shown

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,13 @@ import pytest
 
 import malformed
 import small_runs
+from mmljax.cli import main
 from mmljax.config import to_dict
 from mmljax.errors import UserError
+from mmljax.inference.embedding_file import FORMAT, embeddings_table
+from mmljax.inference.parquet_parts import METADATA
 
-pytestmark = pytest.mark.slow
+parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'mmljax[offline]'")
 
 SECONDS = 120  # for one input, before it counts as a hang
 
@@ -70,6 +72,7 @@ FAMILIES = {  # and how many of each
 }
 
 
+@pytest.mark.slow
 # Where one read of a damaged checkpoint fails, orbax leaves those beside it unfinished.
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
@@ -121,31 +124,65 @@ CONFIGS = {
     "imports": b"import nothing_of_that_name\n",
     "empty": b"",
     "returns_nothing": b"def get_config():\n    pass\n",
-    "returns_another": b"def get_config():\n    return {'seed': 0}\n",
+    "returns_another": b"def get_config():\n    return {'seeds': 0}\n",
     "recursion": b"def get_config():\n    return get_config()\n",
     "binary": b"\xff\xfe\x00\x00",
 }
-COMMANDS = {
+TRAIN = "train --config={tmp}/sound.py --workdir={tmp}/new"
+IMAGES = "--images {tmp}/1.jpg --output {tmp}/new"
+COMMANDS = {  # the command, and what its line names
     **{
-        f"config_{name}": f"main --config={{tmp}}/{name}.py --workdir={{tmp}}/new"
+        f"config_{name}": (f"train --config={{tmp}}/{name}.py --workdir={{tmp}}/new", "--config")
         for name in CONFIGS
     },
-    "config_absent": "main --config={tmp}/absent.py --workdir={tmp}/new",
-    "override": "main --config={tmp}/sound.py --config.data.batch_size=many --workdir={tmp}/new",
-    "value": "main --config={tmp}/sound.py --config.data.batch_size=-8 --workdir={tmp}/new",
-    "data": "main --config={tmp}/sound.py --config.data.directory={tmp}/bad --workdir={tmp}/new",
-    "weights": "main --config={tmp}/sound.py --config.model.pretrained={tmp}/bad.pth"
-    " --workdir={tmp}/new",
-    "run_config": "embed --run={tmp}/run --images {tmp}/1.jpg --output {tmp}/new",
-    "records": "compare {tmp}/run {tmp}/run",
-    "embeddings": "search --run={tmp}/run --embeddings {tmp}/bad --images {tmp}/1.jpg",
-    "page": "page {tmp}/run",
+    "config_absent": ("train --config={tmp}/absent.py --workdir={tmp}/new", "absent.py"),
+    "config_long": ("train --config={long}.py --workdir={tmp}/new", "aaa...aaa"),
+    "override": (f"{TRAIN} --config.data.batch_size=many", "--config.data.batch_size"),
+    "value": (f"{TRAIN} --config.data.batch_size=-8", "--config.data.batch_size"),
+    "data": (f"{TRAIN} --config.data.directory={{tmp}}/bad", "bad"),
+    "weights": (f"{TRAIN} --config.model.pretrained={{tmp}}/bad.pth", "bad.pth"),
+    "workdir_long": ("train --config={tmp}/sound.py --workdir={long}", "aaa...aaa"),
+    "workdir_file": ("train --config={tmp}/sound.py --workdir={tmp}/bad", "bad"),
+    "run_config": (f"embed {{tmp}}/run {IMAGES}", "config.json"),
+    "run_config_list": (f"embed {{tmp}}/list {IMAGES}", "config.json"),
+    "run_config_null": ("page {tmp}/null", "config.json"),
+    "run_root": (f"embed /1 {IMAGES}", "run /1 "),
+    "run_digit": (f"embed \u00b2 {IMAGES}", "run "),
+    "run_file": (f"embed {{tmp}}/bad {IMAGES}", "bad"),
+    "run_in_file": ("export {tmp}/bad/run --output {tmp}/new", "bad/run"),
+    "run_loop": (f"embed {{tmp}}/loop {IMAGES}", "loop"),
+    "run_loop_page": ("page {tmp}/loop", "loop"),
+    "run_control": (f"embed {{tmp}}/\x1b[31m {IMAGES}", "\\x1b[31m does not exist"),
+    "run_not_utf8": (f"embed {{tmp}}/\udcff {IMAGES}", "\\udcff does not exist"),
+    **{
+        f"run_long_{verb}": (f"{verb} {{long}} {more}", "aaa...aaa")
+        for verb, more in {
+            "embed": IMAGES,
+            "search": f"--embeddings {{embeddings}} {IMAGES}.jsonl",
+            "export": "--output {tmp}/new",
+            "page": "",
+            "atlas": "",
+            "compare": "{long}",
+        }.items()
+    },
+    "output_long": ("embed {saved} --split=query --output {long}", "aaa...aaa"),
+    "output_in_file": ("embed {saved} --split=query --output {tmp}/bad/x", "--output"),
+    "output_foreign": ("embed {saved} --split=query --output {tmp}/bad", "exists already"),
+    "export_file": ("export {saved} --output {tmp}/bad", "--output"),
+    "export_long": ("export {saved} --output {long}", "--output"),
+    "records": ("compare {tmp}/run {tmp}/run", "run"),
+    "embeddings": ("search {tmp}/run --embeddings {tmp}/bad --images {tmp}/1.jpg", "bad"),
+    "embeddings_long": ("search {saved} --embeddings {long} --split=query", "aaa...aaa"),
+    "page": ("page {tmp}/run", "run"),
+    "prepare_absent": ("prepare {tmp}/absent {tmp}/new", "absent"),
+    "prepare_file": ("prepare {tmp} {tmp}/bad", "bad"),
+    "prepare_long": ("prepare {tmp} {long}", "aaa...aaa"),
 }
 
 
 @pytest.fixture(scope="module")
 def sight(tmp_path_factory):
-    """A folder with what the commands are told to read."""
+    """A folder with what the commands read."""
     tmp = tmp_path_factory.mktemp("commands")
     random = np.random.default_rng(0)
     for name, text in CONFIGS.items():
@@ -153,23 +190,45 @@ def sight(tmp_path_factory):
     small_runs.write_config(tmp / "sound.py", small_runs.write_images(tmp / "images.npz"))
     for name in ("bad", "bad.pth", "1.jpg", "run/config.json", "run/queries.npz"):
         malformed.put(tmp, name, malformed.garbage(random))
+    malformed.put(tmp, "list/config.json", b"[]")
+    malformed.put(tmp, "null/config.json", b"null")
+    (tmp / "loop").symlink_to("loop")
     return tmp
 
 
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory):
+    """A file of embeddings."""
+    table = embeddings_table(np.array(["a", "b"]), np.array([0, 1], np.int32), np.eye(2, 16))
+    told = {"format": FORMAT, "rows": 2, "embedding_size": 16, "weights": "\x1b[31m"}
+    path = tmp_path_factory.mktemp("embeddings") / "e.parquet"
+    parquet.write_table(table.replace_schema_metadata({METADATA: json.dumps(told).encode()}), path)
+    return path
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_ends_in_one_line_and_touches_nothing(sight, name):
-    before = contents_of(sight)
-    words = COMMANDS[name].format(tmp=sight).split()
-    done = subprocess.run(
-        [sys.executable, "-m", f"mmljax.{words[0]}", *words[1:]],
-        cwd=small_runs.ROOT,
-        env=small_runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+def test_a_command_ends_in_one_line_and_touches_nothing(
+    sight, embeddings, saved_run, name, capsys, monkeypatch
+):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    before = contents_of(sight), contents_of(saved_run.folder)
+    command, named = COMMANDS[name]
+    places = {"tmp": sight, "long": "a" * 5000, "saved": saved_run.folder, "embeddings": embeddings}
+    with limited(SECONDS):
+        assert main([word.format(**places) for word in command.split()]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
     assert line.startswith("mmljax: error: ")
-    assert contents_of(sight) == before
+    assert named in line
+    assert len(line) < 1500
+    assert (contents_of(sight), contents_of(saved_run.folder)) == before
+
+
+def test_metadata_of_a_file_is_escaped(saved_run, embeddings, capsys):
+    words = "--split=query", "--k=1", "--embeddings", str(embeddings)
+    assert main(["search", str(saved_run.folder), *words]) == 2
+    assert main(["search", str(saved_run.folder), *words, "--force"]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("weights \\x1b[31m, of the run") == 2
+    assert "\x1b" not in shown

@@ -12,18 +12,17 @@ import pytest
 from pyarrow import parquet
 
 import saved
-from mmljax.cli import embed, search
+from commands import run
 from mmljax.data import load
 from mmljax.errors import UserError
-from mmljax.inference import embed as offline
-from mmljax.inference import embedder as restore
+from mmljax.inference import embed, embedder, search
 from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
 from mmljax.inference.parquet_parts import METADATA
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
-    monkeypatch.setattr(restore, "load_embedder", saved.load_once)
+    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
 
 
 def write_gallery(path: Path, vectors: np.ndarray, labels: np.ndarray) -> Path:
@@ -66,21 +65,21 @@ def test_answers_equal_a_slow_argsort_with_ties(tmp_path, monkeypatch, rows, chu
 @pytest.fixture(scope="module")
 def gallery(saved_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("gallery") / "gallery.parquet"
-    embed.main(["--run", str(saved_run.folder), "--split=gallery", "--output", str(path)])
+    run("embed", saved_run.folder, "--split=gallery", "--output", path)
     return path
 
 
-def command(run: Path, gallery: Path, *more: str) -> list[str]:
-    return ["--run", str(run), "--embeddings", str(gallery), "--split=query", "--k=4", *more]
+def ask(folder: Path, gallery: Path, *more: str | Path) -> int:
+    return run("search", folder, "--embeddings", gallery, "--split=query", "--k=4", *more)
 
 
 def test_a_run_answers_its_queries(saved_run, gallery, tmp_path, capsys):
-    run, dataset = saved_run.folder, load.load_dataset(saved_run.config)
+    folder, dataset = saved_run.folder, load.load_dataset(saved_run.config)
     queries, _ = saved.own_embeddings(saved_run, dataset.query, step=5)
     among, labels = saved.own_embeddings(saved_run, dataset.gallery, step=5)
     order, similarity = slow_search(queries, among, k=4)
 
-    search.main(command(run, gallery))
+    ask(folder, gallery)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == list(search.COLUMNS)
     assert len(lines) == 1 + 24 * 4
@@ -91,8 +90,8 @@ def test_a_run_answers_its_queries(saved_run, gallery, tmp_path, capsys):
     np.testing.assert_allclose([float(r[2]) for r in cells], similarity.ravel(), atol=1e-4)
     assert [int(row[4]) for row in cells] == labels[order.ravel()].tolist()
 
-    search.main(command(run, gallery, "--output", str(tmp_path / "a.parquet")))
-    search.main(command(run, gallery, "--output", str(tmp_path / "a.jsonl")))
+    ask(folder, gallery, "--output", tmp_path / "a.parquet")
+    ask(folder, gallery, "--output", tmp_path / "a.jsonl")
     rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     assert [row["id"] for row in rows] == [row[3] for row in cells]
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
@@ -100,34 +99,34 @@ def test_a_run_answers_its_queries(saved_run, gallery, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
-def test_broken_off_and_gone_on_gives_the_same_bytes(
+def test_interrupted_and_resumed_gives_the_same_bytes(
     saved_run, gallery, tmp_path, monkeypatch, name
 ):
     whole, path = tmp_path / f"whole-{name}", tmp_path / name
     small = "--rows-per-part=16"
-    search.main(command(saved_run.folder, gallery, small, "--output", str(whole)))
-    before, calls = offline.embed_images, []
+    ask(saved_run.folder, gallery, small, "--output", whole)
+    before, calls = embed.embed_images, []
 
-    def break_off(trained, split, **options):
+    def interrupt(trained, split, **options):
         calls.append(len(split.labels))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return before(trained, split, **options)
 
-    monkeypatch.setattr(offline, "embed_images", break_off)
+    monkeypatch.setattr(embed, "embed_images", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        search.main(command(saved_run.folder, gallery, small, "--output", str(path)))
-    with pytest.raises(UserError, match="k 4, now 3"):
-        search.main([*command(saved_run.folder, gallery, small, "--output", str(path)), "--k=3"])
-    search.main(command(saved_run.folder, gallery, small, "--output", str(path)))
+        ask(saved_run.folder, gallery, small, "--output", path)
+    with pytest.raises(UserError, match="k: 4 -> 3"):
+        ask(saved_run.folder, gallery, small, "--output", path, "--k=3")
+    ask(saved_run.folder, gallery, small, "--output", path)
     assert calls == [16, 8, 8]
     assert path.read_bytes() == whole.read_bytes()
 
 
 def test_embeddings_of_another_step_are_refused_unless_forced(saved_run, gallery, capsys):
     with pytest.raises(UserError, match="another network.*step 5, of the run 3.*--force"):
-        search.main(command(saved_run.folder, gallery, "--step=3"))
-    search.main(command(saved_run.folder, gallery, "--step=3", "--force"))
+        ask(saved_run.folder, gallery, "--step=3")
+    ask(saved_run.folder, gallery, "--step=3", "--force")
     shown = capsys.readouterr()
     assert "warning" in shown.err
     assert len(shown.out.splitlines()) == 1 + 24 * 4
@@ -135,34 +134,34 @@ def test_embeddings_of_another_step_are_refused_unless_forced(saved_run, gallery
 
 def test_a_moved_run_is_the_same(saved_run, gallery, tmp_path, capsys):
     moved = shutil.copytree(saved_run.folder, tmp_path / "elsewhere")
-    search.main(command(moved, gallery))
+    ask(moved, gallery)
     assert "warning" not in capsys.readouterr().err
 
 
 def test_more_answers_than_there_are(saved_run, gallery):
-    with pytest.raises(UserError, match="--k=25 answers asked of the 24 in"):
-        search.main([*command(saved_run.folder, gallery), "--k=25"])
+    with pytest.raises(UserError, match="--k=25 is more than the 24 rows of"):
+        ask(saved_run.folder, gallery, "--k=25")
     for wrong in (["--k=0"], ["--output=x.txt"]):
-        with pytest.raises(SystemExit):
-            search.main([*command(saved_run.folder, gallery), *wrong])
+        with pytest.raises(UserError, match="must"):
+            ask(saved_run.folder, gallery, *wrong)
 
 
-def test_files_that_are_no_embeddings(saved_run, gallery, tmp_path):
+def test_files_that_hold_no_embeddings(saved_run, gallery, tmp_path):
     with pytest.raises(UserError, match=r"absent\.parquet does not exist"):
-        search.main(command(saved_run.folder, tmp_path / "absent.parquet"))
+        ask(saved_run.folder, tmp_path / "absent.parquet")
     torn = tmp_path / "torn.parquet"
     torn.write_bytes(gallery.read_bytes()[:-100])
-    with pytest.raises(UserError, match="is no table of mmljax"):
-        search.main(command(saved_run.folder, torn))
+    with pytest.raises(UserError, match="is not a table of mmljax"):
+        ask(saved_run.folder, torn)
     other = tmp_path / "answers.parquet"
     table = pa.table({"x": [1]}).replace_schema_metadata({METADATA: b'{"format": "other"}'})
     parquet.write_table(table, other)
     with pytest.raises(UserError, match="holds no embeddings"):
-        search.main(command(saved_run.folder, other))
+        ask(saved_run.folder, other)
     vectors = np.eye(8, dtype=np.float32)
     small = write_gallery(tmp_path / "small.parquet", vectors, np.zeros(8, np.int32))
-    with pytest.raises(UserError, match="size 8, the run's are of size 16"):
-        search.main(command(saved_run.folder, small, "--force"))
+    with pytest.raises(UserError, match="size 8, but the run's are of size 16"):
+        ask(saved_run.folder, small, "--force")
 
 
 def test_the_gallery_is_mapped_from_a_file(tmp_path):

@@ -15,44 +15,31 @@ from pyarrow import parquet
 
 import saved
 import small_runs
-from mmljax.cli import embed
+from commands import run, run_alone
 from mmljax.data import load
 from mmljax.errors import UserError
-from mmljax.inference import embed as offline
-from mmljax.inference import embedder as restore
+from mmljax.inference import embed, embedder
 from mmljax.inference.parquet_parts import metadata
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
-    monkeypatch.setattr(restore, "load_embedder", saved.load_once)
+    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
 
 
 def vectors_of(path: Path) -> np.ndarray:
     return np.array(parquet.read_table(path)["embedding"].to_pylist(), np.float32)
 
 
-def command(run: Path, output: Path, *more: str) -> list[str]:
-    return ["--run", str(run), "--output", str(output), "--split=query", *more]
-
-
-def run_alone(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mmljax.cli.embed", *arguments],
-        cwd=small_runs.ROOT,
-        env=small_runs.environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def command(folder: Path, output: Path, *more: str | Path) -> list[str | Path]:
+    return ["embed", folder, "--output", output, "--split=query", *more]
 
 
 @pytest.mark.parametrize("split", ["train", "query", "gallery"])
 def test_a_split_has_the_embeddings_of_the_trainers_evaluation(saved_run, tmp_path, split):
-    run, config = saved_run.folder, saved_run.config
+    config = saved_run.config
     path = tmp_path / "x.parquet"
-    embed.main(["--run", str(run), f"--split={split}", "--step=3", "--output", str(path)])
+    run("embed", saved_run.folder, f"--split={split}", "--step=3", "--output", path)
     images = getattr(load.load_dataset(config), split)
     expected, labels = saved.own_embeddings(saved_run, images, step=3)
     table = parquet.read_table(path)
@@ -66,67 +53,94 @@ def test_a_split_has_the_embeddings_of_the_trainers_evaluation(saved_run, tmp_pa
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[16]"
 
 
-def test_broken_off_in_the_middle_and_gone_on_gives_the_same_bytes(
+def test_interrupted_in_the_middle_and_resumed_gives_the_same_bytes(
     saved_run, tmp_path, monkeypatch, capsys
 ):
     whole, path = tmp_path / "whole.parquet", tmp_path / "x.parquet"
     small = "--rows-per-part=16"  # the split's 24 images are two parts
-    embed.main(command(saved_run.folder, whole, small))
-    before, calls = offline.embed_images, []
+    run(*command(saved_run.folder, whole, small))
+    before, calls = embed.embed_images, []
 
-    def break_off(trained, split, **options):
+    def interrupt(trained, split, **options):
         calls.append(len(split.labels))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return before(trained, split, **options)
 
-    monkeypatch.setattr(offline, "embed_images", break_off)
+    monkeypatch.setattr(embed, "embed_images", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        embed.main(command(saved_run.folder, path, small))
+        run(*command(saved_run.folder, path, small))
     assert not path.exists()
-    with pytest.raises(UserError, match=r"step 5, now 3.*remove it"):
-        embed.main(command(saved_run.folder, path, small, "--step=3"))
-    with pytest.raises(UserError, match="source 'split query', now 'split gallery'.*digest"):
-        embed.main([*command(saved_run.folder, path, small), "--split=gallery"])
-    embed.main(command(saved_run.folder, path, small))
+    with pytest.raises(UserError, match=r"step: 5 -> 3.*remove it"):
+        run(*command(saved_run.folder, path, small, "--step=3"))
+    with pytest.raises(UserError, match="source: 'split query' -> 'split gallery'.*digest"):
+        run(*command(saved_run.folder, path, small), "--split=gallery")
+    run(*command(saved_run.folder, path, small))
     assert calls == [16, 8, 8]  # the first part was not made again
     assert path.read_bytes() == whole.read_bytes()
     assert parquet.ParquetFile(path).num_row_groups == 2
-    embed.main(command(saved_run.folder, path, small))
-    assert "whole already" in capsys.readouterr().err
+    run(*command(saved_run.folder, path, small))
+    assert "complete already" in capsys.readouterr().err
     assert len(calls) == 3
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_and_gone_on_gives_the_same_bytes(tmp_path):
+def test_stopped_repeatedly_and_resumed_gives_the_same_bytes(tmp_path):
     images = small_runs.write_images(
         tmp_path / "many.npz", test_items=400
     )  # 1200 queries, 75 parts
-    run = saved.write_run(tmp_path / "files", data__directory=str(images)).folder
+    folder = saved.write_run(tmp_path / "files", data__directory=str(images)).folder
     small = "--rows-per-part=16"
     whole, path = tmp_path / "whole.parquet", tmp_path / "x.parquet"
-    done = run_alone(*command(run, whole, small))
+    done = run_alone(*command(folder, whole, small))
     assert done.returncode == 0, done.stderr
     parts = tmp_path / "x.parquet.parts"
-    for target in (5, 37, 70):
+    stops = ((5, signal.SIGKILL), (20, signal.SIGINT), (37, signal.SIGKILL), (70, signal.SIGINT))
+    for target, number in stops:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mmljax.cli.embed", *command(run, path, small)],
+            [sys.executable, "-m", "mmljax", *map(str, command(folder, path, small))],
             cwd=small_runs.ROOT,
             env=small_runs.environment(),
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if len(list(parts.glob("part-*.parquet"))) >= target:
                 break
             time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        os.kill(process.pid, number)
+        shown = process.communicate(timeout=60)[1]
+        if number == signal.SIGINT:
+            assert shown == "mmljax: interrupted; run the same command again\n"
+            assert process.returncode == 130
+        else:
+            assert process.returncode == -number
         assert not path.exists()
-    done = run_alone(*command(run, path, small))
+    done = run_alone(*command(folder, path, small))
     assert done.returncode == 0, done.stderr
     assert path.read_bytes() == whole.read_bytes()
     assert "1200 embeddings" in done.stderr
+
+
+def test_a_second_process_with_the_same_output_is_refused(saved_run, tmp_path, monkeypatch):
+    path = tmp_path / "x.parquet"
+    before, seconds = embed.embed_images, []
+
+    def embed_twice(trained, split, **options):
+        monkeypatch.setattr(embed, "embed_images", before)
+        seconds.append(run_alone(*command(saved_run.folder, path)))
+        return before(trained, split, **options)
+
+    monkeypatch.setattr(embed, "embed_images", embed_twice)
+    assert run(*command(saved_run.folder, path)) == 0
+    (second,) = seconds
+    assert second.returncode == 2
+    holder = f"process {os.getpid()} on {os.uname().nodename}"
+    assert second.stderr.startswith(f"mmljax: error: --output={path} is being written by {holder};")
+    assert second.stderr.count("\n") == 1
+    assert len(vectors_of(path)) == 24
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_arrays_need_no_tensorflow(saved_run, tmp_path):
@@ -139,27 +153,9 @@ def test_arrays_need_no_tensorflow(saved_run, tmp_path):
     assert done.stderr == f"24 embeddings in {tmp_path / 'x.parquet'}; 0 images left out\n"
 
 
-def test_a_mistake_is_one_line_and_an_interruption_too(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        offline.run(lambda: embed.main(command(tmp_path, tmp_path / "x.parquet")))
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert shown.startswith("mmljax: error: --run=")
-    assert shown.count("\n") == 1
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stopped:
-        offline.run(interrupted)
-    assert stopped.value.code == 130
-
-
 def test_files_for_a_network_of_grey_arrays_are_refused(saved_run, tmp_path):
     with pytest.raises(UserError, match="images of 1 channels"):
-        embed.main(
-            [*["--run", str(saved_run.folder), "--images", str(tmp_path)], "--output=x.parquet"]
-        )
+        run("embed", saved_run.folder, "--images", tmp_path, "--output=x.parquet")
 
 
 def test_an_embedding_that_is_not_finite_is_named(saved_run):
@@ -167,7 +163,7 @@ def test_an_embedding_that_is_not_finite_is_named(saved_run):
     broken = trained._replace(embed=lambda images: np.full((len(images), 16), np.nan))
     query = load.load_dataset(saved_run.config).query
     with pytest.raises(UserError, match=r"images\[72\] is not finite"):
-        offline.embed_images(broken, query, skip_corrupt=False)
+        embed.embed_images(broken, query, skip_corrupt=False)
 
 
 # Files.
@@ -206,9 +202,9 @@ def colour_run(tmp_path_factory):
 
 
 def test_a_folder_gives_what_evaluation_gives_of_the_same_files(colour_run, tmp_path):
-    run, config = colour_run.folder, colour_run.config
+    config = colour_run.config
     images, path = Path(config.data.directory), tmp_path / "x.parquet"
-    embed.main(["--run", str(run), "--images", str(images), "--output", str(path)])
+    run("embed", colour_run.folder, "--images", images, "--output", path)
     table = parquet.read_table(path)
     names = table["id"].to_pylist()
     assert names == sorted(names)
@@ -223,25 +219,25 @@ def test_a_folder_gives_what_evaluation_gives_of_the_same_files(colour_run, tmp_
 
 
 def test_a_corrupt_image_is_named_or_left_out_and_counted(colour_run, tmp_path, capsys):
-    run, images = colour_run.folder, Path(colour_run.config.data.directory)
+    images = Path(colour_run.config.data.directory)
     folder = tmp_path / "folder"
     folder.mkdir()
     good = sorted(images.rglob("*.jpg"))[:4]
     for number, file in enumerate(good):
         (folder / f"{number}.jpg").write_bytes(file.read_bytes())
-    options = ["--run", str(run), "--images", str(folder)]
-    embed.main([*options, "--output", str(tmp_path / "good.parquet")])
+    options = ["embed", colour_run.folder, "--images", folder]
+    run(*options, "--output", tmp_path / "good.parquet")
     (folder / "15.JPG").write_bytes(good[0].read_bytes()[:40])
     (folder / "25.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("not counted")
     (folder / ".hidden.jpg").write_bytes(b"")
-    output = ["--output", str(tmp_path / "x.parquet")]
+    output = ["--output", tmp_path / "x.parquet"]
     with pytest.raises(UserError, match=r"image 15\.JPG .* --skip-corrupt"):
-        embed.main([*options, *output])
-    with pytest.raises(UserError, match="skip_corrupt False, now True"):
-        embed.main([*options, *output, "--skip-corrupt"])
-    output = ["--output", str(tmp_path / "y.parquet")]
-    embed.main([*options, *output, "--skip-corrupt"])
+        run(*options, *output)
+    with pytest.raises(UserError, match="skip_corrupt: False -> True"):
+        run(*options, *output, "--skip-corrupt")
+    output = ["--output", tmp_path / "y.parquet"]
+    run(*options, *output, "--skip-corrupt")
     table = parquet.read_table(tmp_path / "y.parquet")
     assert table["id"].to_pylist() == [f"{n}.jpg" for n in range(4)]
     np.testing.assert_allclose(
@@ -256,15 +252,21 @@ def test_a_corrupt_image_is_named_or_left_out_and_counted(colour_run, tmp_path, 
 
 
 def test_bad_paths(colour_run, tmp_path):
-    options = ["--run", str(colour_run.folder), "--output", str(tmp_path / "x.parquet"), "--images"]
+    options = ["embed", colour_run.folder, "--output", tmp_path / "x.parquet", "--images"]
     with pytest.raises(UserError, match="does not exist"):
-        embed.main([*options, str(tmp_path / "absent")])
+        run(*options, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image"):
-        embed.main([*options, str(tmp_path / "empty")])
+        run(*options, tmp_path / "empty")
+    with pytest.raises(UserError, match="--images: aaa"):
+        run(*options, "a" * 5000)
+    (tmp_path / "empty/\udcff.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"\\udcff\.jpg"):
+        run(*options, tmp_path / "empty")
+    (tmp_path / "empty/\udcff.jpg").unlink()
     (tmp_path / "empty/bad.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 images"):
-        embed.main([*options, str(tmp_path / "empty"), "--skip-corrupt"])
+        run(*options, tmp_path / "empty", "--skip-corrupt")
 
 
 def test_several_paths_keep_their_names(colour_run, tmp_path, monkeypatch):
@@ -289,6 +291,6 @@ def test_progress_counts_every_image_once(colour_run, tmp_path):
     steps = []
     split = list_images([tmp_path], flag="--images")
     trained = saved.load_once(colour_run.folder)
-    kept, _ = offline.embed_images(trained, split, skip_corrupt=True, advance=steps.append)
+    kept, _ = embed.embed_images(trained, split, skip_corrupt=True, advance=steps.append)
     assert len(kept.names) == 39
     assert sum(steps) == 40

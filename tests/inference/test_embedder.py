@@ -1,4 +1,4 @@
-"""A network out of its checkpoint: equal to the trainer's, and refused where it cannot be."""
+"""A network loaded from its checkpoint equals the trainer's; a damaged run is refused."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_images_of_other_kinds_are_refused(saved_run):
 def test_no_run(tmp_path):
     with pytest.raises(UserError, match="does not exist; name the --workdir"):
         load_embedder(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         load_embedder(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_no_checkpoint_and_no_such_step(copy):
     with pytest.raises(UserError, match="--step=4 is not kept.*kept: 3, 5"):
         load_embedder(copy, step=4)
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         load_embedder(copy)
 
 

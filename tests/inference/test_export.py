@@ -1,10 +1,14 @@
-"""A network as one file, loaded where jax and numpy are all there is."""
+"""A network as one file, loaded where only jax and numpy can be imported."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.export
@@ -12,24 +16,23 @@ import numpy as np
 import pytest
 
 import saved
+from commands import run
 from mmljax.data import load
 from mmljax.errors import UserError
-from mmljax.inference import embedder as restore
-from mmljax.inference import export
+from mmljax.files import acquire_lock
+from mmljax.inference import embedder, export
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
-    monkeypatch.setattr(restore, "load_embedder", saved.load_once)
+    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
 
 
 @pytest.fixture(scope="module")
 def exported(saved_run, tmp_path_factory):
     """The folder of an export, and the command's exit code."""
     folder = tmp_path_factory.mktemp("export") / "of the run"
-    code = export.main(
-        ["--run", str(saved_run.folder), "--output", str(folder), "--count=20", "--step=3"]
-    )
+    code = run("export", saved_run.folder, "--output", folder, "--count=20", "--step=3")
     return folder, code
 
 
@@ -87,7 +90,7 @@ def test_the_check_sees_a_file_that_differs(saved_run, exported, tmp_path, monke
     other = saved.load_once(saved_run.folder, step=5)
     broken = export.lower(other)
     monkeypatch.setattr(export, "lower", lambda trained: broken)
-    code = export.main(["--run", str(saved_run.folder), "--output", str(tmp_path), "--step=3"])
+    code = run("export", saved_run.folder, "--output", tmp_path, "--step=3")
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert (code, receipt["holds"]) == (1, False)
     assert receipt["largest_difference"] > 1e-3
@@ -112,7 +115,7 @@ def test_the_check_sees_neighbours_that_differ():
     [("resnet18", "average+max", "bfloat16"), ("vit_s16", "token", "bfloat16")],
 )
 def test_networks_that_round_more(tmp_path, backbone, pooling, dtype):
-    run = saved.write_run(
+    folder = saved.write_run(
         tmp_path,
         noise=0.0,  # else all images come so close that their order is chance
         model__backbone=backbone,
@@ -121,9 +124,8 @@ def test_networks_that_round_more(tmp_path, backbone, pooling, dtype):
         model__width=16,
         data__image_size=32,
         data__resize_size=32,
-    )
-    output = ["--output", str(tmp_path / "exported"), "--count=24"]
-    assert export.main(["--run", str(run.folder), *output]) == 0
+    ).folder
+    assert run("export", folder, "--output", tmp_path / "exported", "--count=24") == 0
 
 
 @pytest.mark.parametrize("package", ["flax", "mmljax", "optax", "yaml", "tensorflow"])
@@ -138,11 +140,76 @@ def test_the_clean_process_can_import_no_more(package):
 def test_a_file_that_cannot_be_loaded(tmp_path):
     (tmp_path / "embedder.jax").write_bytes(b"nothing of the kind")
     images = np.zeros((2, 4, 4, 1), np.uint8)
-    with pytest.raises(UserError, match="cannot be used in a process of its own"):
+    with pytest.raises(UserError, match="cannot be loaded in a process of its own"):
         export.embed_in_clean_process(tmp_path / "embedder.jax", images, batch=2)
+
+
+@pytest.fixture
+def old_export(exported, tmp_path):
+    """A copy of a good export, and its contents."""
+    folder = Path(shutil.copytree(exported[0], tmp_path / "export"))
+    return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+STAGES = ("lower", "describe", "embed_crops", "embed_in_clean_process", "parity")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("how", ["interrupted", "killed", "full disk"])
+def test_a_stopped_export_leaves_the_old_files_and_receipt(
+    saved_run, old_export, monkeypatch, stage, how
+):
+    folder, before = old_export
+    trained = saved.load_once(saved_run.folder, step=5)
+    query = load.load_dataset(saved_run.config).query
+    with monkeypatch.context() as patch:
+        if how == "killed":  # nothing is cleaned up
+            patch.setattr(export.shutil, "rmtree", lambda *_, **__: None)
+        fault = OSError(28, "No space left on device") if how == "full disk" else KeyboardInterrupt
+        patch.setattr(export, stage, Mock(side_effect=fault))
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            export.export_run(trained, query, folder)
+    for name, contents in before.items():
+        assert (folder / name).read_bytes() == contents
+    assert (folder / ".partial").exists() == (how == "killed")
+    if how == "killed" and stage == STAGES[-1]:
+        assert export.export_run(trained, query, folder)["step"] == 5
+        assert sorted(path.name for path in folder.iterdir()) == sorted(before)
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_an_export_killed_while_it_moves_files_leaves_whole_files(
+    saved_run, old_export, monkeypatch, moved
+):
+    folder, before = old_export
+    replace, calls = os.replace, []
+
+    def replace_some(source, target):
+        if Path(target).parent == folder:
+            if len(calls) == moved:
+                raise KeyboardInterrupt
+            calls.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(export.os, "replace", replace_some)
+    with pytest.raises(KeyboardInterrupt):
+        run("export", saved_run.folder, "--output", folder, "--count=20", "--step=5")
+    assert not (folder / "receipt.json").exists()  # neither file's receipt beside the other file
+    assert calls == ["embedder.jax", "embedder.json"][:moved]
+    assert ((folder / "embedder.jax").read_bytes() == before["embedder.jax"]) == (moved == 0)
+    jax.export.deserialize(bytearray((folder / "embedder.jax").read_bytes()))
+    assert json.loads((folder / "embedder.json").read_text())["step"] in (3, 5)
+
+
+def test_a_second_export_into_one_folder_is_refused(saved_run, tmp_path):
+    with (
+        acquire_lock(tmp_path / ".lock"),
+        pytest.raises(UserError, match=f"is being written by process {os.getpid()} on"),
+    ):
+        run("export", saved_run.folder, "--output", tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(saved_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output.*cannot be written"):
-        export.main(["--run", str(saved_run.folder), "--output", str(tmp_path / "file/x")])
+        run("export", saved_run.folder, "--output", tmp_path / "file/x")

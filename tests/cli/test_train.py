@@ -1,15 +1,16 @@
-"""The command line as a user meets it: mistakes are one line on stderr and exit code 2."""
+"""``mmljax train``: mistakes in flags, config and data are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import small_runs
+from mmljax.cli import main
+from mmljax.cli import options as shared
+from mmljax.cli.command import parse
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("mmljax: error:")]
-    assert len(errors) == 1, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == errors[0]
+def train(config: Path, workdir: Path, *overrides: str) -> int:
+    """``mmljax train`` in this process."""
+    return main(["train", f"--config={config}", f"--workdir={workdir}", *overrides])
+
+
+def assert_refused(code: int, shown: str, *words: str) -> None:
+    assert code == 2, shown
+    errors = [line for line in shown.splitlines() if line.startswith("mmljax: error:")]
+    assert errors == shown.splitlines()[-1:]
     for word in words:
         assert word in errors[0]
 
@@ -37,31 +41,26 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     ("overrides", "words"),
     [
         (["--config.data.batchsize=8"], ["batchsize", "batch_size"]),
+        (["--config.data.batchsize", "8"], ["batchsize", "batch_size"]),
         (["--config.optimizer.shedule=cosine"], ["shedule", "schedule"]),
         (["--config.optimizer.schedule=cosin"], ["'cosin'", "'cosine'"]),
         (["--config.data.batch_size=many"], ["batch_size", "many"]),
-        (["--config.data.batch_size=18"], ["batch_size=18", "images_per_class=4"]),
+        (["--config.data.batch_size=18"], ["batch_size=18"]),
+        (["--config.data.batch_size=12"], ["batch_size=12", "8 devices", "use 8"]),
         (["--config.duration=soon"], ["--config.duration='soon'", "'600 steps'"]),
         (["--config.objectives.pair.loss=circl"], ["'circl'", "'circle'"]),
         (["--config.combination.name=shares"], ["'shares'", "'share'"]),
         (["--config.objectives.pair.mining.rule=any"], ["rule='any'", "either"]),
         (["--config.data.directory=/nowhere/x.npz"], ["/nowhere/x.npz", "--config.data.directory"]),
         (["--config.data.source=album"], ["'album'", "in_shop"]),
-        (["--confg=x"], ["confg"]),
-        (["extra"], ["'extra'"]),
+        (["--config.data.flip=perhaps"], ["--config.data.flip", "perhaps"]),
     ],
 )
 def test_mistake_is_one_line(
-    small: Path, tmp_path: Path, overrides: list[str], words: list[str]
+    small: Path, tmp_path: Path, overrides: list[str], words: list[str], capsys
 ) -> None:
-    assert_refused(small_runs.run(small, tmp_path / "run", *overrides), *words)
-
-
-def test_batch_that_devices_do_not_divide(small: Path, tmp_path: Path) -> None:
-    done = small_runs.run(
-        small, tmp_path / "run", "--config.data.batch_size=12", JAX_NUM_CPU_DEVICES="8"
-    )
-    assert_refused(done, "--config.data.batch_size=12", "8 devices", "use 8")
+    code = train(small, tmp_path / "run", *overrides)
+    assert_refused(code, capsys.readouterr().err, *words)
 
 
 def write_photographs(directory: Path) -> Path:
@@ -97,7 +96,7 @@ IMAGE = "Img/img/WOMEN/Dresses/id_00000002/01_1_front.jpg"
     ],
 )
 def test_damaged_data_is_one_line(
-    small: Path, tmp_path: Path, damage: str, words: list[str]
+    small: Path, tmp_path: Path, damage: str, words: list[str], capsys
 ) -> None:
     data = write_photographs(tmp_path / "data")
     if damage == "directory":
@@ -108,7 +107,7 @@ def test_damaged_data_is_one_line(
         (data / IMAGE).unlink()
     else:
         (data / IMAGE).write_bytes(b"no image at all")
-    done = small_runs.run(
+    code = train(
         small,
         tmp_path / "run",
         "--config.data.source=in_shop",
@@ -117,16 +116,13 @@ def test_damaged_data_is_one_line(
         "--config.evaluation.recall_at=(1,)",
         "--config.evaluation.untrained=False",
     )
-    assert_refused(done, *words)
+    assert_refused(code, capsys.readouterr().err, *words)
 
 
-def test_missing_config_file(tmp_path: Path) -> None:
-    assert_refused(small_runs.run(tmp_path / "none.py", tmp_path / "run"), "none.py")
-
-
-def test_workdir_that_cannot_be_made(small: Path, tmp_path: Path) -> None:
+def test_workdir_that_cannot_be_made(small: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    assert_refused(small_runs.run(small, tmp_path / "file/run"), "--workdir", "file/run")
+    code = train(small, tmp_path / "file/run")
+    assert_refused(code, capsys.readouterr().err, "--workdir", "file/run")
 
 
 def test_runs_on_eight_devices(small: Path, tmp_path: Path) -> None:
@@ -136,40 +132,47 @@ def test_runs_on_eight_devices(small: Path, tmp_path: Path) -> None:
     assert "8 x cpu" in done.stderr
 
 
-def test_help_and_objectives_import_no_tensorflow() -> None:
-    """Neither help nor the pure functions may wait for TensorFlow."""
-    listing = "; import sys; print(any(m.split('.')[0] == 'tensorflow' for m in sys.modules))"
-    for program in (
-        "import mmljax.losses.pair, mmljax.losses.proxy, mmljax.losses.mining" + listing,
-        "import runpy, sys; sys.argv = ['main', '--help']\n"
-        "try:\n runpy.run_module('mmljax.main', run_name='__main__')\n"
-        "except SystemExit as end: assert end.code in (0, 1), end.code\n"
-        "import sys; print(any(m.split('.')[0] == 'tensorflow' for m in sys.modules))",
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=small_runs.ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.strip().splitlines()[-1] == "False"
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("def get_config():\n    raise RuntimeError('two\\nlines')\n", ["line 2", "two lines"]),
         ("def get_config(:\n", ["line 1", "SyntaxError"]),
-        ("def get_config():\n    pass\n", ["returned nothing"]),
+        ("def get_config():\n    pass\n", ["get_config() must return the config, returned None"]),
+        ("config = {}\n", ["failing.py defines no get_config()"]),
+        (None, ["failing.py", "no such file"]),
     ],
 )
 def test_a_config_that_fails_is_one_line_that_says_where(
-    tmp_path: Path, text: str, words: list[str]
+    tmp_path: Path, text: str | None, words: list[str], capsys
 ) -> None:
     config = tmp_path / "failing.py"
-    config.write_text(text)
-    done = small_runs.run(config, tmp_path / "run")
-    assert_refused(done, "--config", *words)
-    assert len(done.stderr.splitlines()) == 1
+    if text is not None:
+        config.write_text(text)
+    code = train(config, tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert_refused(code, shown, "--config", *words)
+    assert shown.count("\n") == 1
+    assert "config_config" not in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_by_its_name(capsys) -> None:
+    assert_refused(
+        main(["train", "--config=quickstar"]), capsys.readouterr().err, "did you mean 'quickstart'"
+    )
+
+
+def test_overrides_without_a_config(capsys) -> None:
+    assert_refused(main(["train"]), capsys.readouterr().err, "--config is missing")
+    code = main(["train", "--config.seed=1"])
+    assert_refused(code, capsys.readouterr().err, "--config.seed=1 overrides no config")
+
+
+def test_default_workdir_has_the_name_and_the_values_of_the_config(small: Path) -> None:
+    def default(*words: str) -> Path:
+        options = parse(["train", f"--config={small}", *words])
+        return shared.workdir(options, shared.load_config(options))
+
+    assert default().parent == Path("runs")
+    assert default().name.startswith("small-")
+    assert default() == default("--config.seed=0") != default("--config.seed=1")

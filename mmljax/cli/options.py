@@ -1,0 +1,109 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmljax.config import Config
+
+SPLITS = ("train", "query", "gallery")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of whole numbers from ``least``."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, found {text}")
+        return value
+
+    number.__name__ = "whole number"  # argparse puts it into its error
+    return number
+
+
+def add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
+    """``RUN``, the directory of a run."""
+    parser.add_argument(
+        name, metavar=name.upper(), type=Path, help="directory of a run: the --workdir of train"
+    )
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """``--step``."""
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """``--images`` or ``--split``, ``--skip-corrupt`` and ``--rows-per-part``."""
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument(
+        "--images", nargs="+", metavar="PATH", help="image files, or folders and all below them"
+    )
+    choice.add_argument("--split", choices=SPLITS, help="of the run's own data set")
+    parser.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out and count images that cannot be decoded",
+    )
+    parser.add_argument(
+        "--rows-per-part",
+        type=at_least(1),
+        default=8192,
+        metavar="N",
+        help="images between two saves, for resuming; default 8192",
+    )
+
+
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """``--directory``."""
+    parser.add_argument(
+        "--directory", help="where the run's data set is now; default: as its config says"
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """``--config`` and ``--workdir``; the runner collects ``--config.a.b=value``."""
+    parser.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="a file such as configs/inshop.py, or the name of a config of the package, such as "
+        "quickstart; --config.key=value overrides one value",
+    )
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        help="where the run is kept and resumed; default: runs/NAME-FINGERPRINT, from the "
+        "config's name and values",
+    )
+
+
+def load_config(options: argparse.Namespace) -> Config | None:
+    """The config that ``--config`` names, with its overrides; None where there is no ``--config``.
+
+    Raises:
+      UserError: if the config cannot be used, or overrides have no config.
+    """
+    from mmljax import config as configs
+    from mmljax.errors import UserError
+
+    if options.config is not None:
+        return configs.load_config(options.config, options.overrides)
+    if options.overrides:
+        raise UserError(f"--config.{options.overrides[0]} overrides no config; add --config CONFIG")
+    return None
+
+
+def workdir(options: argparse.Namespace, config: Config | None) -> Path:
+    """The directory that ``--workdir`` names, or the default one of the config."""
+    from mmljax import config as configs
+
+    if options.workdir is not None:
+        return options.workdir
+    if config is None:
+        return Path("runs")
+    return Path("runs") / f"{configs.config_name(options.config)}-{configs.fingerprint(config)}"
