@@ -10,8 +10,8 @@ exit code  meaning
 0          success
 1          an exported network does not pass its check
 2          wrong arguments, config or files; a failed check of ``doctor``
-75         training was asked to stop (SIGTERM) and has saved a checkpoint
-130        interrupted (Ctrl-C)
+75         training received SIGTERM and has saved a checkpoint
+130        interrupted (Ctrl-C); training has saved a checkpoint
 =========  ===============================================================
 """
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(f"error: {one_line(error, limit=10_000)}", 2)
     except Preempted as notice:
-        return _fail(f"{notice}; the same command resumes the run", Preempted.EXIT_CODE)
+        return _fail(f"{notice}; the same command resumes the run", notice.exit_code)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted; run the same command again", 130)
     except BrokenPipeError:  # the reader of a pipe has ended, as head does
