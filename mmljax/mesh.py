@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, the shardings, host arrays to global arrays and back."""
+"""Devices and processes: the mesh, shardings, and transfers between host and devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmljax.errors import UserError
 from mmljax.types import Batch
 
-HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as dead
+HEARTBEAT_SECONDS = 30  # without a heartbeat, after which a process counts as dead
 
 AXIS = "data"  # the one mesh axis: rows of batches and of proxies are split over it
 
@@ -23,14 +23,14 @@ def initialize_distributed() -> None:
     """Join the other processes, before jax is used in any other way.
 
     ``MMLJAX_COORDINATOR`` (``host:port``), ``MMLJAX_NUM_PROCESSES`` and ``MMLJAX_PROCESS_ID`` name
-    them; ``MMLJAX_DISTRIBUTED=1`` leaves it to jax, which finds Cloud TPU pods, Slurm and Open MPI
-    by itself. With none of them set the run is of one process.
+    them; with ``MMLJAX_DISTRIBUTED=1`` JAX finds them itself on Cloud TPU pods, Slurm and Open MPI.
+    With none of them set the run has one process.
 
-    A process that dies ends the others: at once where they wait for it on CPU, and within
-    ``HEARTBEAT_SECONDS`` and a little wherever they are.
+    When a process dies, the others end: at once where they wait for it on CPU, elsewhere shortly
+    after ``HEARTBEAT_SECONDS``.
 
     Raises:
-      UserError: if only some of the three are set, or a number is none.
+      UserError: if only some of the three are set, or a number is malformed.
     """
     names = ("MMLJAX_COORDINATOR", "MMLJAX_NUM_PROCESSES", "MMLJAX_PROCESS_ID")
     values = [os.environ.get(name) for name in names]
@@ -56,12 +56,12 @@ def make_mesh(devices: Any = None) -> Mesh:
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """First axis split over the devices."""
+    """A sharding that splits the first axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """A sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -82,13 +82,13 @@ def process_rows(batch_size: int, *, key: str) -> slice:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows of a host batch as a global batch on the devices."""
+    """A global batch on the devices from this process's rows of a host batch."""
     sharding = rows_sharding(mesh)
     return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
 
 
 def spread(tree: Any, shardings: Any) -> Any:
-    """A tree that every process holds whole, laid out over the devices of all of them."""
+    """Lay out a tree that every process holds whole over the devices of all processes."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -103,7 +103,7 @@ def spread(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """A global array, whole, in this process's memory."""
+    """A global array as one NumPy array in this process."""
     if jax.process_count() == 1:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
@@ -115,7 +115,7 @@ def is_main_process() -> bool:
 
 
 def agree(fine: bool) -> bool:
-    """What the first process says, in all of them."""
+    """The argument of process 0, in all processes."""
     if jax.process_count() == 1:
         return fine
     return bool(multihost_utils.broadcast_one_to_all(np.array(fine)))

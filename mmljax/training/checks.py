@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 
 
 def check_versions(requirements: Sequence[str] | None = None) -> Finding:
-    """What is installed, against what the package asks for.
+    """Installed versions against the package's requirements.
 
     Args:
       requirements: as ``name>=version``; those of the installed package if None.
@@ -85,7 +85,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def check_devices() -> Finding:
-    """The devices that JAX uses, and whether it overlooks one."""
+    """The devices that JAX uses, and whether an accelerator is left unused."""
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -101,12 +101,12 @@ def check_devices() -> Finding:
     for file, (what, extra) in _ACCELERATORS.items():
         if first.platform == "cpu" and os.path.exists(file):
             cure = f"pip install 'mmljax[{extra}]'"
-            return Finding("warn", "devices", f"{text}: {what} is there and not used: {cure}")
+            return Finding("warn", "devices", f"{text}: {what} is present and not used: {cure}")
     return Finding("ok", "devices", text)
 
 
 def check_tensorflow() -> Finding:
-    """That TensorFlow leaves the accelerators to JAX."""
+    """Whether TensorFlow leaves the accelerators to JAX."""
     name = "TensorFlow"
     seen = visible_accelerators()
     if seen is None:
@@ -119,7 +119,7 @@ def check_tensorflow() -> Finding:
 
 
 def check_workdir(workdir: Path) -> Finding:
-    """That a checkpoint could be written; what is made for it is removed again."""
+    """Whether a checkpoint can be written; folders made for the test are removed again."""
     folder, name = workdir.absolute() / "checkpoints", "workdir"
     made: list[Path] = []
     try:
@@ -140,12 +140,12 @@ def check_workdir(workdir: Path) -> Finding:
 
 
 def check_disk(workdir: Path, state: TrainState, *, kept: CheckpointConfig) -> Finding:
-    """Free disk against the checkpoints that are kept, and the one that is being written.
+    """Free disk space against the checkpoints that are kept and the one being written.
 
     Args:
-      workdir: of the run; need not be there yet.
-      state: what a checkpoint holds.
-      kept: how many are.
+      workdir: of the run; it may be missing.
+      state: the content of a checkpoint.
+      kept: how many checkpoints are kept.
     """
     place = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
@@ -158,12 +158,12 @@ def check_disk(workdir: Path, state: TrainState, *, kept: CheckpointConfig) -> F
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """Of one checkpoint, before compression."""
+    """Bytes of one checkpoint before compression."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def check_data(config: Config) -> tuple[Finding, Dataset | None]:
-    """That the data set is there, and what it holds; it is None where it is not."""
+    """Whether the data set can be read, and the data set; None where it cannot."""
     try:
         dataset = load.load_dataset(config)
     except UserError as error:
@@ -177,7 +177,7 @@ def check_data(config: Config) -> tuple[Finding, Dataset | None]:
 
 
 def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | None]:
-    """That the config's parts fit together and its weights can be read; then it is ready to go."""
+    """Whether a trainer can be built from the config, and the trainer; None where it cannot."""
     try:
         trainer = make_trainer(
             config,
@@ -199,17 +199,17 @@ def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | N
 def check_speed(
     config: Config, dataset: Dataset, trainer: Trainer, workdir: Path, *, seconds: float
 ) -> Finding:
-    """Images per second that the input makes, against those that the steps take.
+    """Images per second that the input yields, against those that the steps consume.
 
-    The steps' rate is that of the run in ``workdir`` where there is one, without its waits for
-    input; else a few steps are timed here.
+    The steps' rate comes from the run in ``workdir`` where there is one, without its input wait;
+    otherwise a few steps are timed here.
 
     Args:
       config: of the run.
       dataset: of it.
-      trainer: of it; its state is given away.
+      trainer: of it; its state is donated.
       workdir: of it.
-      seconds: for each of the two, after their start.
+      seconds: of timing for each of the two, after their start.
     """
     name = "input against step"
     try:
@@ -222,7 +222,7 @@ def check_speed(
         cure = "lower --config.data.batch_size, or set --config.model.compute_dtype=bfloat16"
         return Finding("FAIL", name, f"a step cannot run ({one_line(error)}): {cure}")
     source = f"in {workdir / writer.METRICS}" if logged else "measured"
-    text = f"{made:.0f} images/s made, {taken:.0f} images/s taken ({source})"
+    text = f"input {made:.0f} images/s, step {taken:.0f} images/s ({source})"
     if made < taken:
         cure = "raise --config.data.threads, or store the images smaller or as arrays"
         return Finding("warn", name, f"{text}; steps would wait {1 - made / taken:.0%}: {cure}")
@@ -230,10 +230,9 @@ def check_speed(
 
 
 def input_rate(config: Config, dataset: Dataset, *, seconds: float) -> float:
-    """Images per second of the training input alone, read as fast as it goes.
+    """Images per second of the training input alone, at full speed.
 
-    The batches that were made ahead while the input started are left out, or as many of them as
-    come in that time again.
+    Batches that were prefetched while the input started are left out.
     """
     batches: Any = load.train_batches(dataset, config, make_mesh(), range(1_000_000))
     with closing(batches):
@@ -244,12 +243,12 @@ def input_rate(config: Config, dataset: Dataset, *, seconds: float) -> float:
 
 
 def step_rate(config: Config, dataset: Dataset, trainer: Trainer, *, seconds: float) -> float:
-    """Images per second of the compiled step on one batch, again and again."""
+    """Images per second of the compiled step, repeated on one batch."""
     batches: Any = load.train_batches(dataset, config, make_mesh(), range(1))
     with closing(batches):
         batch = next(batches)
     state = trainer.state
-    for _ in range(2):  # the second may compile anew, on the state that the first one made
+    for _ in range(2):  # the second may compile again, on the state that the first returned
         state, _ = jax.block_until_ready(trainer.step(state, batch))
 
     def steps() -> Iterable[Any]:
@@ -263,17 +262,17 @@ def step_rate(config: Config, dataset: Dataset, trainer: Trainer, *, seconds: fl
 
 
 def logged_step_rate(workdir: Path) -> float | None:
-    """Images per second of the run's steps without waits; None where it has told no rates."""
+    """Images per second of the run's steps without input wait; None without timing rows."""
     if not (workdir / writer.METRICS).exists():
         return None
     rows = [row for row in writer.read_metrics(workdir) if row["kind"] == "rates"]
-    # The first row has the compilation in it.
+    # The first row includes the compilation.
     rates = [row["images_per_second"] / max(1 - row["input_wait"], 0.01) for row in rows[1:]]
     return statistics.median(rates) if rates else None
 
 
 def _count(items: Iterable[Any], *, seconds: float) -> tuple[int, float]:
-    """How many came in about that time, one at least, and how long it took."""
+    """How many items arrived in about that time, at least one, and the time taken."""
     begin = time.perf_counter()
     count, took = 0, 0.0
     for item in items:

@@ -1,4 +1,4 @@
-"""Optax optimiser of a run: groups with rates and decays of their own, schedules, clipping."""
+"""The optax optimiser of a run: groups with their own rates and decays, schedules, clipping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUPS = ("backbone", "head", "proxies", "weights")
 
 
 def label_groups(params: Mapping[str, Any]) -> Any:
-    """The group of each leaf: a network's by its first key, proxies and weights by their own."""
+    """The group of each leaf: ``backbone`` or ``head`` in the network, else its own key."""
 
     def label(path: Any, leaf: Any) -> str:
         del leaf
@@ -28,9 +28,9 @@ def label_groups(params: Mapping[str, Any]) -> Any:
 def make_schedules(config: OptimizerConfig, size: RunSize) -> dict[str, optax.Schedule]:
     """Learning rate of each group as a function of the step.
 
-    A linear warm-up multiplies the rates of backbone, head and proxies, the backbone's after the
-    steps in which it is frozen; the decay runs over the whole run. The contribution weights learn
-    at a constant rate: they must find their balance early.
+    A linear warm-up multiplies the rates of backbone, head and proxies; the backbone's warm-up
+    starts after the steps in which it is frozen. The decay spans the whole run. The contribution
+    weights learn at a constant rate, since they must reach their balance early.
 
     Raises:
       UserError: on an unknown schedule or an ill-formed duration.
@@ -68,8 +68,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """One optimiser per group.
 
-    Each group's gradient is clipped to a norm of its own. Weight decay leaves vectors (biases,
-    scales) alone. The contribution weights are trained by plain gradient descent, whose step on
+    Each group's gradient is clipped by the group's own norm. Weight decay skips vectors (biases,
+    scales). The contribution weights are trained by plain gradient descent, whose step on
     log-weights is the multiplicative update that ``combination.share`` and ``uncertainty`` expect.
 
     Raises:
