@@ -58,8 +58,6 @@ def chosen_images(
                 "colour; use a --split of the run's own data set"
             )
         return list_images(images, flag="--images")
-    from mmljax.data.load import load_dataset
-
     found = getattr(load_dataset(trained.config, create=False), split or "query")
     if found is None:
         raise UserError("--split=gallery: the run has no gallery of its own; use --split=query")
@@ -104,6 +102,8 @@ def embed_images(
     except UserError as error:
         if not skip_corrupt:
             raise UserError(f"{error}; --skip-corrupt leaves out such images") from error
+        from mmljax.data.pipeline import decodable  # needs TensorFlow
+
         kept = decodable(split, trained.config.data)
         if kept.all():
             raise
