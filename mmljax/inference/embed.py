@@ -58,7 +58,7 @@ def chosen_images(
                 "colour; use a --split of the run's own data set"
             )
         return list_images(images, flag="--images")
-    found = getattr(load_dataset(trained.config), split or "query")
+    found = getattr(load_dataset(trained.config, create=False), split or "query")
     if found is None:
         raise UserError("--split=gallery: the run has no gallery of its own; use --split=query")
     return found

@@ -143,7 +143,7 @@ def load_run_data(run: Path, *, directory: str | None = None) -> tuple[Config, D
     if directory is not None:
         data = dataclasses.replace(config.data, directory=directory)
         config = dataclasses.replace(config, data=data)
-    return config, load_dataset(config)
+    return config, load_dataset(config, create=False)
 
 
 @contextmanager

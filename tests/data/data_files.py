@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from mmljax.data import paths as files
 from mmljax.types import Dataset
@@ -36,3 +38,15 @@ def rows(data: Dataset) -> dict[str, list[tuple[str, int]]]:
             assert all(files.read(str(path)) == b"not decoded here" for path in part.images)
             found[split] = list(zip(part.names.tolist(), part.labels.tolist(), strict=True))
     return found
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a folder be listed by nobody, root included."""
+    scandir = os.scandir
+
+    def refuse(path: str | Path) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,38 @@ def test_a_file_that_is_no_array_file(tmp_path: Path) -> None:
     for name in ("absent.npz", "one.npy", "text.npz", "cut.npz", "set.npz"):
         with pytest.raises(UserError, match="--config.data.directory=.*cannot be read as arrays"):
             read_arrays(tmp_path / name)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_first_are_refused_with_the_cure(tmp_path: Path, channels: int) -> None:
+    images = np.zeros((7, channels, 32, 20), np.uint8)
+    with pytest.raises(UserError, match=r"channels first; store images.transpose\(0, 2, 3, 1\)"):
+        read_arrays(write_npz(tmp_path, **arrays(images=images)))
+    labels = np.array([0, 0, 1, 1, 2, 2, 2])
+    with pytest.raises(UserError, match="train: images .* seem to have their channels first"):
+        from_arrays(images, labels, images, labels)
+    assert from_arrays(images[..., :4], labels, images[..., :4], labels).classes == 3
+
+
+def test_a_header_beyond_the_memory_is_refused_at_once(tmp_path: Path) -> None:
+    path = write_npz(tmp_path, **arrays())
+    content = dict(np.load(path))
+    header = io.BytesIO()
+    shape = (10**9, 1000, 1000, 3)  # 3 PB
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + b"few bytes")
+        for name in ("labels", "split"):
+            array = io.BytesIO()
+            np.save(array, content[name])
+            archive.writestr(f"{name}.npy", array.getvalue())
+    with pytest.raises(UserError) as error:
+        read_arrays(path)
+    assert "needs 5587935" in str(error.value)
+    assert "GiB is available" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_arrays_in_memory() -> None:

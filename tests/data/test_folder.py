@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_files import rows, write
+from data_files import forbid, rows, write
 from test_in_shop import ROWS, write_images, write_list
 
 from mmljax.data import paths as files
@@ -132,3 +132,43 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, name: str) -> N
     with pytest.raises(UserError, match="cannot be listed") as raised:
         files.list_folder(tmp_path / name)
     assert len(str(raised.value)) < 400
+
+
+def make_links(folder: Path, *names: str) -> None:
+    """Links that lead to no file: to an absent one, and to themselves."""
+    for name in names:
+        (folder / name).symlink_to(Path(name).name if "loop" in name else "/absent")
+
+
+def test_links_to_no_file_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(str(tmp_path), "train/a/1.jpg", "train/b/1.jpg", "test/c/1.jpg", "test/d/1.jpg")
+    expected = rows(read_folder(tmp_path, test_share=0.5))
+    assert not caplog.records
+    make_links(tmp_path, "train/a/2.jpg", "test/c/loop.png", "train/e", "train/b/3.jpg")
+    make_links(tmp_path, "train/a/.hidden.jpg", "train/a/notes.txt")
+    (tmp_path / "test/d/4.jpg").symlink_to("1.jpg")  # a link that does lead to an image
+    found = rows(read_folder(tmp_path, test_share=0.5))
+    assert found.pop("query") == [*expected["query"], ("test/d/4.jpg", 1)]
+    assert found["train"] == expected["train"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("--config.data.directory=")
+    assert "left out 4 that are broken" in record.getMessage()
+    assert record.getMessage().endswith("train/e, train/a/2.jpg, train/b/3.jpg, ...")
+
+
+def test_a_folder_without_access_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(str(tmp_path), "a/1.jpg", "b/1.jpg", "c/1.jpg")
+    forbid(monkeypatch, tmp_path / "b")
+    with pytest.raises(UserError, match=r"folder '.*/b' cannot be listed \(Permission denied\)"):
+        read_folder(tmp_path, test_share=0.5)
+
+
+@pytest.mark.parametrize("name", [b"a/\xff.jpg", b"\xff/1.jpg"])
+def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path, name: bytes) -> None:
+    write(str(tmp_path), "a/1.jpg", "b/1.jpg", os.fsdecode(name))
+    with pytest.raises(UserError, match=r"name '.*\\udcff.*' is not valid UTF-8; rename the file"):
+        read_folder(tmp_path, test_share=0.5)

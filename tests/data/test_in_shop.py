@@ -99,6 +99,9 @@ def test_absent_list(tmp_path: Path) -> None:
         (ROWS, 6, "line 1: states '6' rows, but 7 follow"),
         (ROWS, "seven", "line 1: states 'seven' rows, but 7 follow"),
         ([*ROWS, "img/a.jpg id_1 test"], None, "line 10: evaluation_status 'test' is unknown"),
+        ([*ROWS, ROWS[3].replace("img/", "img/./")], None, "line 10: img/MEN.* in line 6 too"),
+        ([*ROWS, ROWS[3].replace("img/", "img//")], None, "line 10: img/MEN.* in line 6 too"),
+        ([*ROWS, ROWS[3].replace("MEN/", "MEN/a/../")], None, r"line 10: .* or holds '\.\.'"),
         ([*ROWS, "img/../../a.jpg id_1 train"], None, "line 10: .* leaves the data directory"),
         ([*ROWS, "/etc/a.jpg id_1 train"], None, "line 10: .* leaves the data directory"),
         ([*ROWS, ROWS[3]], None, "line 10: .* is listed in line 6 too"),
@@ -114,6 +117,24 @@ def test_mistakes_in_the_list(tmp_path: Path, rows: list[str], count: object, me
     with pytest.raises(UserError, match=message) as error:
         read_in_shop(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_paths_of_the_list_are_normalised(tmp_path: Path) -> None:
+    plain = read_in_shop(make(tmp_path))
+    write_list(tmp_path, [row.replace("img/", "./img/.//", 1) for row in ROWS])
+    data = read_in_shop(tmp_path)
+    for split, expected in zip(data[:3], plain[:3], strict=True):
+        assert split.names.tolist() == expected.names.tolist()
+        assert split.images.tolist() == expected.images.tolist()
+
+
+def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:
+    """With the images of high resolution, ``img/`` of the list is read as ``img_highres/``."""
+    rows = [*ROWS, ROWS[3].replace("img/", "img_highres/")]
+    write_images(tmp_path, [row.replace("img/", "img_highres/", 1) for row in rows])
+    write_list(tmp_path, rows)
+    with pytest.raises(UserError, match="line 10: img_highres/MEN.* same file as .* of line 6"):
+        read_in_shop(tmp_path, images="img_highres")
 
 
 def test_list_without_its_header(tmp_path: Path) -> None:

@@ -189,6 +189,15 @@ def test_mistakes_in_the_boxes(
         in_shop.prepare(folder, tmp_path / "tfds", variant="cropped", check_counts=False)
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_place_of_the_output_folder(folder: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"data_dir='.*{place}' cannot be written") as error:
+        in_shop.prepare(folder, tmp_path / place, check_counts=False)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_absent_boxes_and_unknown_variants(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"list_bbox_inshop.txt cannot be read \(FileNotFoundError"):
         in_shop.prepare(folder, tmp_path / "tfds", variant="cropped", check_counts=False)

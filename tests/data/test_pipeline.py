@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
@@ -21,7 +22,7 @@ from mmljax.types import Split
 
 tf = pytest.importorskip("tensorflow", reason="the pipeline of image files reads by TensorFlow")
 
-from mmljax.data import pipeline, transforms  # noqa: E402
+from mmljax.data import limits, pipeline, transforms  # noqa: E402
 
 LABELS = np.repeat(np.arange(5), 6).astype(np.int32)
 
@@ -523,3 +524,68 @@ def test_grey_images_become_colour():
     contents = tf.constant(_png(_picture(30, 30, seed=2)[..., 0]))
     crop = transforms.center_crop(contents, resize_size=30, image_size=30).numpy()
     np.testing.assert_array_equal(crop, np.repeat(_picture(30, 30, seed=2)[..., :1], 3, axis=-1))
+
+
+class _CountingBudget(limits.PixelBudget):
+    """Counts what is decoded within it, and the most pixels of that at once."""
+
+    def __init__(self, limit):
+        super().__init__(limit)
+        self.taken_pixels, self.most = [], 0
+
+    @contextlib.contextmanager
+    def taken(self, pixels):
+        with super().taken(pixels):
+            with self._changed:
+                self.taken_pixels.append(pixels)
+                self.most = max(self.most, self.limit - self._free)
+            yield
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_images_are_decoded_within_the_pixel_budget(files, threads, monkeypatch):
+    """With a small budget all images count as large, or some; the batches are the same."""
+    pngs = files._replace(images=files.images.copy())
+    for i, path in enumerate(files.images):
+        Path(path).write_bytes(_png(_picture(30 + i, 61 - i, i)))
+    pixels = [(30 + i) * (61 - i) for i in range(len(LABELS))]  # 1,830 to 2,070
+    expected = _train(pngs, threads=threads), _eval(pngs, threads=threads)
+    for limit, share in ((2 * max(pixels), 0), (4_200, 0), (1, 0), (4 * 2_000, 2_000)):
+        budget = _CountingBudget(limit)
+        monkeypatch.setattr(pipeline, "_BUDGET", budget)
+        if share and threads > 1:
+            continue
+        _assert_equal(_train(pngs, threads=threads), expected[0])
+        budget.taken_pixels.clear()
+        _assert_equal(_eval(pngs, threads=threads), expected[1])
+        large = [p for p in pixels if p > limit // (2 * threads)]
+        assert sorted(budget.taken_pixels) == sorted(large)
+        assert len(large) > 0
+        assert budget.most <= limit
+        assert (len(large) < len(pixels)) == bool(share)
+        assert decodable_names(pngs, threads) == files.names.tolist()
+
+
+def decodable_names(split, threads):
+    return split.names[pipeline.decodable(split, _config(threads=threads))].tolist()
+
+
+def test_a_large_jpeg_counts_by_the_pixels_that_are_decoded(files, monkeypatch):
+    """At an eighth of its size a photograph is small, and decoded beside others."""
+    images = np.array([_jpeg(512, 640, seed=i)[0] for i in range(8)], object)
+    split = files._replace(images=images, labels=LABELS[:8], names=files.names[:8])
+    budget = _CountingBudget(4 * 64 * 80)  # of 2 x 2 images at an eighth
+    monkeypatch.setattr(pipeline, "_BUDGET", budget)
+    _eval(split)
+    assert budget.taken_pixels == []
+    monkeypatch.setattr(pipeline, "_BUDGET", _CountingBudget(4 * 64 * 80 - 4))
+    _eval(split)
+    assert pipeline._BUDGET.taken_pixels == [512 * 640] * 8
+
+
+def test_which_images_can_be_decoded(files):
+    _spoil(files, 13, 20)
+    _spoil(files, 21, contents=_bomb("PNG"))
+    Path(files.images[2]).unlink()
+    wanted = [n not in (2, 13, 20, 21) for n in range(30)]
+    assert pipeline.decodable(files, _config()).tolist() == wanted

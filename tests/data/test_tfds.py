@@ -101,6 +101,32 @@ def test_the_benchmarks_counts_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 read_tfds("cars196", tmp_path)
 
 
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_damaged_files_are_named(tmp_path: Path, file_format: str) -> None:
+    splits = {"train": range(8), "test": range(100, 104)}
+    fake_tfds.prepare("caltech_birds2011", tmp_path, splits, file_format=file_format)
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        for contents in (whole[: len(whole) // 2], b"", b"\xff" * len(whole), None):
+            path.unlink() if contents is None else path.write_bytes(contents)
+            with pytest.raises(UserError, match="prepare it.*: tfds build caltech_birds") as error:
+                read_tfds("caltech_birds2011", tmp_path, check_counts=False)
+            assert "\n" not in str(error.value)
+        path.write_bytes(whole)
+
+
+def test_an_image_of_a_damaged_record_is_named() -> None:
+    class Damaged:
+        def __getitem__(self, row: int) -> dict[str, bytes]:
+            raise RuntimeError("chunk header\nhash mismatch")
+
+    images = tfds_sources.StoredImages(Damaged(), np.array([4, 7]))  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"image 7 of an ArrayRecord file .*\(chunk header hash mis"
+    ):
+        images[1]
+
+
 @every_set
 def test_a_set_that_is_not_prepared(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"no prepared TFDS data set '{name}'; .*tfds build {name}"):

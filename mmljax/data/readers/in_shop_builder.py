@@ -178,8 +178,8 @@ def _check_counts(rows: list[InShopRow], directory: str | os.PathLike[str]) -> N
             if found[split] != wanted[split]:
                 raise UserError(
                     f"{os.fspath(directory)}: {found[split]} {what} in {split}, but the benchmark "
-                    f"has {wanted[split]}; fetch it again, or add --no-check-counts (in Python "
-                    "check_counts=False) for other data in its layout"
+                    f"has {wanted[split]}; fetch it again, or pass check_counts=False for other "
+                    "data in its layout"
                 )
 
 
