@@ -17,8 +17,8 @@ from mmljax.data import load
 from mmljax.data.readers.in_shop import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import is_main_process, make_mesh, sync
-from mmljax.retrieval import records as protocol
-from mmljax.retrieval.clustering import check_available
+from mmljax.retrieval import records
+from mmljax.retrieval.checks import check_evaluation
 from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
 from mmljax.runs import writer
 from mmljax.runs.html import write_page
@@ -69,9 +69,8 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
     embed = make_embed(trainer.graphdef)
-    stamp = protocol.make_stamp(dataset, config)
-    if config.evaluation.clustering:
-        check_available()
+    check_evaluation(dataset, config)
+    protocol = records.evaluation_protocol(dataset, config)
 
     def score(state: TrainState) -> Retrieval:
         return evaluate(
@@ -133,7 +132,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
                 result = score(state)
                 scores = result.summary()
                 reporter.evaluation(step, scores)
-                _record(workdir, step, stamp, dataset, result)
+                _record(workdir, step, protocol, dataset, result)
             if saves:
                 saved.save(state, step=step, metrics=scores)
                 recorder.restart_clock()
@@ -141,7 +140,7 @@ def train(config: Config, workdir: Path, *, dataset: Dataset | None = None) -> d
                 raise Preempted(f"asked to stop; saved at step {step} of {total}")
 
     sync("finish")
-    return _finish(config, workdir, saved.directory, dataset, stamp=stamp, started=started)
+    return _finish(config, workdir, saved.directory, dataset, protocol=protocol, started=started)
 
 
 def _loggers(config: Config, workdir: Path, *, first: int) -> list[Logger]:
@@ -188,11 +187,11 @@ def _describe(
 
 
 def _record(
-    workdir: Path, step: int, stamp: dict[str, Any], dataset: Dataset, result: Retrieval
+    workdir: Path, step: int, protocol: dict[str, Any], dataset: Dataset, result: Retrieval
 ) -> None:
     """Keep what each query had in the last evaluation."""
     if is_main_process():
-        protocol.write_records(workdir, protocol.make_records(stamp, step, dataset, result))
+        records.write_records(workdir, records.make_records(protocol, step, dataset, result))
 
 
 def _finish(
@@ -201,7 +200,7 @@ def _finish(
     saved: Path,
     dataset: Dataset,
     *,
-    stamp: dict[str, Any],
+    protocol: dict[str, Any],
     started: float,
 ) -> dict[str, Any]:
     """Write the results, draw the contributions and the page, and say where everything is."""
@@ -215,7 +214,7 @@ def _finish(
         workdir,
         scores=scores,
         config=to_dict(config),
-        extra={"protocol": stamp, "untrained": untrained, "seconds": time.time() - started},
+        extra={"protocol": protocol, "untrained": untrained, "seconds": time.time() - started},
     )
     paths = {"checkpoint": saved, "results": results}
     if config.log.plot and (plot := plot_contributions(rows, workdir / "contributions.png")):
