@@ -1,4 +1,4 @@
-"""A run's directory as an evaluation leaves it, without training: photographs, ledger, records."""
+"""A run's directory as after an evaluation, without training: photographs, ledger, records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import small_runs
 from mmljax.config import Config, from_mapping, to_dict
 from mmljax.data import load
 from mmljax.mesh import make_mesh
-from mmljax.retrieval import records as protocol
+from mmljax.retrieval import records
 from mmljax.retrieval.evaluate import Retrieval, retrieval_scores
 from mmljax.types import Dataset
 
@@ -23,7 +23,7 @@ STEP = 20
 
 
 class EvaluatedRun(NamedTuple):
-    """What was written, and what it was written from."""
+    """The files of a run, and what they were made from."""
 
     folder: Path
     config: Config
@@ -32,7 +32,7 @@ class EvaluatedRun(NamedTuple):
 
 
 def write_evaluated_run(folder: Path, *, items: int = 12, views: int = 6) -> EvaluatedRun:
-    """A run on photographs in In-Shop's layout whose embeddings are the items' under much noise."""
+    """A run on photographs in In-Shop's layout; an embedding is its item's with much noise."""
     directory = folder / "data"
     _write_photographs(directory, items=items, views=views)
     path = small_runs.write_config(
@@ -62,8 +62,8 @@ def write_evaluated_run(folder: Path, *, items: int = 12, views: int = 6) -> Eva
     run.mkdir()
     (run / "config.json").write_text(json.dumps(to_dict(config)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(result)))
-    stamp = protocol.make_stamp(dataset, config)
-    protocol.write_records(run, protocol.make_records(stamp, STEP, dataset, result))
+    protocol = records.evaluation_protocol(dataset, config)
+    records.write_records(run, records.make_records(protocol, STEP, dataset, result))
     return EvaluatedRun(run, config, dataset, result)
 
 

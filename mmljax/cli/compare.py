@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mmljax.cli import options as shared
 from mmljax.errors import UserError
+from mmljax.text import differences as protocol_differences
 from mmljax.text import printable, text_table
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Refuse what cannot be compared, else print the table of differences."""
     from mmljax.retrieval.compare import compare
-    from mmljax.retrieval.records import read_records, stamp_differences
+    from mmljax.retrieval.records import read_records
 
     a, b = read_records(options.run_a), read_records(options.run_b)
-    if differing := stamp_differences(a.protocol, b.protocol):
+    if differing := protocol_differences(a.protocol, b.protocol):
         text = (
             f"{options.run_a} and {options.run_b} were evaluated by different protocols: "
             f"{'; '.join(differing)}"

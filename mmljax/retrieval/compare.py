@@ -1,12 +1,11 @@
-"""Paired differences of two runs' scores, query by query, with bootstrap intervals.
+"""Paired comparison of two runs: score differences per query, with bootstrap intervals.
 
-Both are directories of runs (or files in them) that were evaluated on the same queries. What is
-shown is the mean difference over the queries, and an interval that it would stay in, were the test
-items drawn again: the bootstrap over *items*. Items, not queries, are drawn with replacement, as
-the queries of an item share their relevant gallery images and are found or missed together; drawn
-one by one they would pass for more evidence than they are.
+The interval says where the mean difference would lie if the test items were drawn again: a
+bootstrap over *items*. Items, not queries, are drawn with replacement, because the queries of an
+item share their relevant gallery images and are found or missed together; drawing single queries
+would overstate the evidence.
 
-The interval says nothing of training: another seed may move a score by more.
+The interval does not cover training: another seed may change a score by more.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from mmljax.errors import UserError
 from mmljax.retrieval.records import Records
@@ -22,12 +22,12 @@ _AT_ONCE = 1 << 22  # numbers of draws held at once
 
 
 class Difference(NamedTuple):
-    """Of two means over the same queries."""
+    """Two means over the same queries, and the interval of their difference."""
 
     a: float
     b: float
     difference: float  # b - a
-    low: float  # of the bootstrap interval
+    low: float  # ends of the 95 % bootstrap interval
     high: float
 
 
@@ -35,28 +35,39 @@ Differences = dict[str, Difference]  # by the score's name
 
 
 def paired_differences(
-    a: np.ndarray, b: np.ndarray, groups: np.ndarray, *, resamples: int, seed: int
+    a: Float[np.ndarray, "q scores"],
+    b: Float[np.ndarray, "q scores"],
+    groups: Shaped[np.ndarray, " q"],
+    *,
+    resamples: int,
+    seed: int,
 ) -> list[Difference]:
     """Mean of ``b - a`` per score with its 95 % percentile interval, by bootstrap of whole groups.
 
     Each resample draws as many groups as there are, with replacement, and takes the mean over the
-    queries of the groups drawn (a group of more queries weighs more, as it does in the score). All
-    scores are taken of the same draws.
+    queries of these groups (a group of more queries weighs more, as it does in the score). All
+    scores use the same draws. Source: Efron, Tibshirani, An Introduction to the Bootstrap (1993),
+    sections 8.3 (what is drawn must be independent) and 13.3 (percentile interval).
+
+    >>> a, b = np.array([[0.0], [1.0]]), np.array([[1.0], [1.0]])
+    >>> (row,) = paired_differences(a, b, np.array(["x", "y"]), resamples=100, seed=0)
+    >>> row.difference, row.low, row.high
+    (0.5, 0.0, 1.0)
 
     Args:
-      a: ``[q scores]`` without NaN.
-      b: the same of the same queries.
-      groups: ``[q]``: what is drawn as one.
-      resamples: how often to draw.
+      a: scores without NaN.
+      b: scores of the same queries by another run.
+      groups: the group of each query; groups are drawn whole.
+      resamples: number of draws.
       seed: of the draws.
 
     Raises:
-      UserError: with fewer than two groups, of which nothing can be told.
+      UserError: with fewer than two groups, which give no interval.
     """
     found, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     count = len(found)
     if count < 2:
-        raise UserError(f"the queries show {count} item; an interval takes two at least")
+        raise UserError(f"the queries show {count} item; an interval needs at least two")
     a, b = a.astype(np.float64), b.astype(np.float64)
     totals = np.zeros((count, a.shape[1]))
     np.add.at(totals, place, b - a)
@@ -73,16 +84,25 @@ def paired_differences(
 
 
 def compare(a: Records, b: Records, *, resamples: int, seed: int) -> tuple[int, Differences]:
-    """How many queries both count, and the difference of each score that both have, over these.
+    """The number of queries that both count, and the difference of each score over them.
 
-    Queries are matched by name. Recall in other orders of what is tied is left out.
+    Queries are matched by name. Recall under other orders of ties is left out.
+
+    Args:
+      a: records of one run.
+      b: records of another run.
+      resamples: number of bootstrap draws.
+      seed: of the draws.
+
+    Returns:
+      The count, and the differences by the score's name.
 
     Raises:
       UserError: if they have no score or no query in common, or names that are not unique.
     """
     for records in (a, b):
         if len(np.unique(records.names)) < len(records.names):
-            raise UserError("some queries have one name, so they cannot be matched; rename them")
+            raise UserError("several queries have the same name and cannot be matched; rename them")
     _, in_a, in_b = np.intersect1d(a.names, b.names, return_indices=True)
     keys = [key for key in a.values if key in b.values and not key.startswith("recall_")]
     if not keys or not len(in_a):

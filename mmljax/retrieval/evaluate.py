@@ -1,7 +1,13 @@
-"""Scores of an embedding network: embed query and gallery, search, count."""
+"""Evaluation of an embedding network: embed query and gallery images, search, score.
+
+Embeddings stay on the devices from the network to the scores. One matrix product per block of
+queries gives the neighbours and the ranks (:func:`mmljax.retrieval.search.neighbors_and_ranks`),
+and the results are fetched once. Only the optional diagnostics read the embeddings on the host.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,24 +16,48 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from mmljax.errors import UserError
 from mmljax.mesh import to_host
 from mmljax.retrieval import metrics
-from mmljax.retrieval.clustering import clustering_scores
-from mmljax.retrieval.geometry import embedding_density, spectral_decay
-from mmljax.retrieval.search import (
-    PositiveRanks,
-    sharded_nearest_neighbors,
-    sharded_positive_ranks,
+from mmljax.retrieval.checks import (
+    check_embeddings,
+    check_labels,
+    check_recall_at,
+    relevant_counts,
 )
+from mmljax.retrieval.diagnostics import clustering_scores, embedding_density, spectral_decay
+from mmljax.retrieval.search import PositiveRanks, neighbors_and_ranks, renumbered
 from mmljax.types import Batch, Params, Values
 
 NEIGHBORS = 10
-"""How many of a query's nearest gallery images are told."""
+"""How many of a query's nearest gallery images a result keeps."""
+
+_CURE = (
+    "nothing can be ranked, and the last checkpoint is kept: lower "
+    "--config.optimizer.*.learning_rate or set --config.optimizer.clip_norm"
+)
+_JOINED = 32  # batches joined at once: a program of many more arguments takes long to compile
 
 Embed = Callable[[Params, Params, Array], Float[Array, "b d"]]
+
+
+class Retrieval(NamedTuple):
+    """Scores of a whole split, the counts behind them, and each query's results."""
+
+    scores: dict[str, float]
+    queries: int
+    gallery: int
+    lone_queries: int  # without a relevant item in the gallery; in no score
+    chance: float  # expected Recall@1 of a random order
+    per_query: dict[str, np.ndarray]  # [q] of each score that is a mean; NaN for lone queries
+    neighbors: np.ndarray  # [q k] gallery rows of the NEIGHBORS nearest, nearest first
+    similarity: np.ndarray  # [q k] of these
+
+    def summary(self) -> dict[str, float]:
+        """Scores and counts in one flat dict: a row of the log."""
+        counts = {k: v for k, v in self._asdict().items() if isinstance(v, int | float)}
+        return {**self.scores, **counts}
 
 
 def make_embed(graphdef: nnx.GraphDef) -> Embed:
@@ -40,34 +70,70 @@ def make_embed(graphdef: nnx.GraphDef) -> Embed:
     return embed
 
 
+def evaluate(
+    embed: Callable[[Array], Array],
+    query_batches: Iterable[Batch],
+    gallery_batches: Iterable[Batch] | None,
+    **options: Any,
+) -> Retrieval:
+    """Embed the batches and score them.
+
+    Args:
+      embed: images to embeddings ``[b d]``.
+      query_batches: of every query image.
+      gallery_batches: of every gallery image, or None for self-retrieval.
+      options: as of :func:`retrieval_scores`.
+
+    Raises:
+      UserError: as :func:`retrieval_scores`.
+    """
+    queries, query_labels = embed_on_devices(embed, query_batches)
+    if gallery_batches is None:
+        return retrieval_scores(queries, query_labels, None, None, **options)
+    gallery, gallery_labels = embed_on_devices(embed, gallery_batches)
+    return retrieval_scores(queries, query_labels, gallery, gallery_labels, **options)
+
+
 def embed_batches(
     embed: Callable[[Array], Array], batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings ``[n d]`` and labels ``[n]`` of all valid rows, in order, on the host."""
-    vectors, labels = [], []
+    vectors, labels = embed_on_devices(embed, batches)
+    return to_host(vectors), labels
+
+
+def embed_on_devices(
+    embed: Callable[[Array], Array], batches: Iterable[Batch]
+) -> tuple[Float[Array, "n d"], Int[np.ndarray, " n"]]:
+    """Embeddings of all valid rows, in order, on the devices, and their labels on the host.
+
+    Every device holds all embeddings in the end, as the search needs of the queries. The batches
+    are embedded without waiting for each other, but for the last two, so that images do not pile
+    up on the devices.
+    """
+    parts: list[Any] = []
+    pending: list[Any] = []
     for batch in batches:
-        valid = to_host(batch.valid)
-        vectors.append(to_host(embed(batch.images))[valid])
-        labels.append(to_host(batch.labels)[valid])
-    return np.concatenate(vectors), np.concatenate(labels)
+        if len(pending) > 1:
+            jax.block_until_ready(pending[-2][0])
+        if len(pending) == _JOINED:
+            parts.append(_join(pending))
+            pending = []
+        pending.append((embed(batch.images), batch.labels, batch.valid))
+    vectors, labels, valid = _join([*parts, *pending])
+    kept = np.flatnonzero(to_host(valid))
+    return _take(vectors, kept.astype(np.int32)), to_host(labels)[kept]
 
 
-class Retrieval(NamedTuple):
-    """Scores of a whole split, the counts behind them, and what each query had."""
+@jax.jit
+def _join(parts: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+    vectors, labels, valid = (jnp.concatenate(x) for x in zip(*parts, strict=True))
+    return vectors, labels, valid
 
-    scores: dict[str, float]
-    queries: int
-    gallery: int
-    lone_queries: int  # without a relevant item in the gallery; in no score
-    chance: float  # expected Recall@1 of a random order
-    per_query: dict[str, np.ndarray]  # [q] of each score that is a mean; NaN for lone queries
-    neighbors: np.ndarray  # [q k] rows of the gallery, nearest first, of the NEIGHBORS nearest
-    similarity: np.ndarray  # [q k] of these
 
-    def summary(self) -> dict[str, float]:
-        """Scores and counts in one flat dict: a row of the log."""
-        counts = {k: v for k, v in self._asdict().items() if isinstance(v, int | float)}
-        return {**self.scores, **counts}
+@jax.jit
+def _take(x: Array, rows: Array) -> Array:
+    return jnp.take(x, rows, axis=0, mode="clip")
 
 
 def retrieval_scores(
@@ -82,101 +148,121 @@ def retrieval_scores(
     geometry: bool = False,
     clustering: bool = False,
 ) -> Retrieval:
-    """Scores of queries against a gallery, or among themselves; equal similarities help nobody.
+    """Scores of queries against a gallery, or among themselves; equal similarities never help.
 
-    A score is what the worst order of equally similar items gives, so that an embedding which maps
+    A score is what the worst order of equally similar items gives, so an embedding that maps
     all images to one point has 0. ``recall@K`` and ``mrr`` look at the whole gallery;
     ``r_precision``, ``map@r`` and ``map@K`` (of the largest K) read the neighbours by
-    :func:`mmljax.retrieval.metrics.pessimistic_relevance`. What ties are worth is told by
-    ``recall_expected@K``, ``recall_optimistic@K`` and ``tie_rate``: the share of queries whose best
-    relevant item has an irrelevant one exactly level with it.
+    :func:`mmljax.retrieval.metrics.pessimistic_relevance`. ``recall_expected@K``,
+    ``recall_optimistic@K`` and ``tie_rate`` (the share of queries whose best relevant item has an
+    irrelevant one of exactly equal similarity) show how much ties matter.
 
     Args:
-      queries: unit vectors in NumPy, ``[q d]``.
-      query_labels: their items, ``[q]``.
-      gallery: ``[g d]``, or None for self-retrieval, where each query is left out of its own search
-        by its index.
+      queries: unit vectors ``[q d]``, in NumPy or on the devices.
+      query_labels: their items, ``[q]``, on the host; integers of any width are told apart.
+      gallery: ``[g d]``, or None for self-retrieval, where each query is excluded from its own
+        search by its index.
       gallery_labels: their items, ``[g]``.
       recall_at: the K of Recall@K.
-      chunk: gallery rows per matrix product.
+      chunk: bounds the similarities held at once, as in
+        :func:`mmljax.retrieval.search.neighbors_and_ranks`.
       mesh: the devices that share the gallery.
       geometry: whether to add ``embedding_density`` and ``spectral_decay`` of queries and gallery
-        together (:mod:`mmljax.retrieval.geometry`).
-      clustering: whether to add ``nmi`` and ``ami`` of the same (:mod:`mmljax.retrieval.clustering`).
+        together (:mod:`mmljax.retrieval.diagnostics`).
+      clustering: whether to add ``nmi`` and ``ami`` of the same.
 
     Raises:
       UserError: if an embedding is not finite, a K exceeds the gallery, no query has a relevant
-        item, or scikit-learn is asked for and absent.
+        item, labels do not fit the embeddings, or scikit-learn is asked for and absent.
     """
+    check_labels(queries, query_labels, name="query")
+    check_labels(gallery, gallery_labels, name="gallery")
     own = np.arange(len(queries), dtype=np.int32) if gallery is None else None
-    if gallery is None or gallery_labels is None:
-        gallery, gallery_labels = queries, query_labels
-    for name, vectors in (("query", queries), ("gallery", gallery)):
-        if broken := int(np.sum(~np.isfinite(vectors).all(axis=1))):
-            raise UserError(
-                f"{broken} of {len(vectors)} {name} embeddings are not finite, so nothing can be "
-                "ranked; the last checkpoint is kept: lower --config.optimizer.*.learning_rate or "
-                "set --config.optimizer.clip_norm"
-            )
-    candidates = len(gallery) - (own is not None)
-    if max(recall_at) > candidates:
-        raise UserError(
-            f"--config.evaluation.recall_at asks for Recall@{max(recall_at)}, but a query has "
-            f"only {candidates} candidates; leave out what is larger"
-        )
-    items, sizes = np.unique(gallery_labels, return_counts=True)
-    place = np.clip(np.searchsorted(items, query_labels), 0, len(items) - 1)
-    relevant_count = np.where(items[place] == query_labels, sizes[place], 0) - (own is not None)
-    counted = relevant_count > 0
-    if not np.any(counted):
-        raise UserError("no query has an image of its item in the gallery; check the split file")
-
-    search = {"chunk": chunk, "mesh": mesh, "self_index": own}
-    ranks = sharded_positive_ranks(queries, gallery, query_labels, gallery_labels, **search)
-    values = _by_rank(PositiveRanks(*map(_local, ranks)), recall_at)
-    k = min(max(*recall_at, int(relevant_count.max()), NEIGHBORS), candidates)
-    # One more, so that it shows whether the last ones tie with what comes after them.
-    found = sharded_nearest_neighbors(queries, gallery, k=min(k + 1, candidates), **search)
-    relevant = gallery_labels[to_host(found.indices)] == query_labels[:, None]
-    relevant = metrics.pessimistic_relevance(_local(found.similarity), jnp.asarray(relevant), k=k)
-    values |= _by_list(relevant, jnp.asarray(relevant_count), max(recall_at))
-
+    check_embeddings(queries, name="query", cure=_CURE)
+    if gallery is not None:
+        check_embeddings(gallery, name="gallery", cure=_CURE)
+    query_labels, gallery_labels = renumbered(
+        query_labels, query_labels if gallery_labels is None else gallery_labels
+    )
+    relevant = relevant_counts(query_labels, None if gallery is None else gallery_labels)
+    against = queries if gallery is None else gallery
+    candidates = len(against) - (own is not None)
+    check_recall_at(recall_at, candidates=candidates, relevant=relevant)
+    on_device = _score_queries(
+        queries,
+        against,
+        query_labels,
+        gallery_labels,
+        relevant.astype(np.int32),
+        own,
+        recall_at=tuple(recall_at),
+        k=min(max(*recall_at, int(relevant.max()), NEIGHBORS), candidates),
+        chunk=chunk,
+        mesh=mesh,
+    )
+    extra = {}  # while the devices search
+    if geometry or clustering:
+        vectors, labels = to_host(queries), query_labels
+        if own is None:
+            vectors = np.concatenate([vectors, to_host(against)])
+            labels = np.concatenate([labels, gallery_labels])
+        extra = _diagnostics(vectors, labels, geometry=geometry, clustering=clustering)
+    values, neighbors, similarity = jax.tree.map(to_host, on_device)
+    counted = relevant > 0
     per_query = {
-        name: np.where(counted, value.value, np.nan).astype(np.float32)
-        for name, value in values.items()
+        name: np.where(counted, value, np.float32(np.nan)) for name, value in values.items()
     }
-    scores = {
+    means = {
         name: float(np.sum(value[counted], dtype=np.float64) / np.sum(counted))
         for name, value in per_query.items()
     }
-    every, every_label = queries, query_labels
-    if own is None:
-        every = np.concatenate([queries, gallery])
-        every_label = np.concatenate([query_labels, gallery_labels])
-    if geometry:
-        scores["embedding_density"] = embedding_density(every, every_label)
-        scores["spectral_decay"] = spectral_decay(every)
-    if clustering:
-        scores |= clustering_scores(every, every_label, seed=0)
     return Retrieval(
-        scores=scores,
+        scores=means | extra,
         queries=len(queries),
-        gallery=len(gallery),
+        gallery=len(against),
         lone_queries=int(np.sum(~counted)),
-        chance=float(np.mean(relevant_count[counted] / candidates)),
+        chance=float(np.mean(relevant[counted] / candidates)),
         per_query=per_query,
-        neighbors=to_host(found.indices)[:, :NEIGHBORS],
-        similarity=to_host(found.similarity)[:, :NEIGHBORS],
+        neighbors=neighbors,
+        similarity=similarity,
     )
 
 
-def _local(x: Array) -> Array:
-    """A global array as one of this process alone, to be reckoned with further."""
-    return jnp.asarray(to_host(x))
+@functools.partial(jax.jit, static_argnames=("recall_at", "k", "chunk", "mesh"))
+def _score_queries(
+    queries: Array,
+    gallery: Array,
+    query_labels: Array,
+    gallery_labels: Array,
+    relevant_count: Array,
+    own: Array | None,
+    *,
+    recall_at: tuple[int, ...],
+    k: int,
+    chunk: int,
+    mesh: Mesh,
+) -> tuple[dict[str, Array], Array, Array]:
+    """Values of each score ``[q]``, and the first neighbours with their similarities."""
+    # One neighbour more, which shows whether the last ones tie with what follows.
+    found, ranks = neighbors_and_ranks(
+        queries,
+        gallery,
+        query_labels,
+        gallery_labels,
+        k=min(k + 1, gallery.shape[0] - (own is not None)),
+        mesh=mesh,
+        chunk=chunk,
+        self_index=own,
+    )
+    relevant = metrics.relevance(found.indices, query_labels, gallery_labels)
+    relevant = metrics.pessimistic_relevance(found.similarity, relevant, k=k)
+    values = _by_rank(ranks, recall_at) | _by_list(relevant, relevant_count, max(recall_at))
+    by_name = {name: value.value.astype(jnp.float32) for name, value in values.items()}
+    return by_name, found.indices[:, :NEIGHBORS], found.similarity[:, :NEIGHBORS]
 
 
 def _by_rank(ranks: PositiveRanks, recall_at: tuple[int, ...]) -> dict[str, Values]:
-    """What follows from where the best relevant item stands in the whole gallery."""
+    """The scores that follow from the rank of the best relevant item in the whole gallery."""
     level = ranks.above, ranks.tied, ranks.tied_relevant, ranks.relevant
     recalls = {k: metrics.tied_recall_at_k(*level, k=k) for k in recall_at}
     return {
@@ -189,7 +275,7 @@ def _by_rank(ranks: PositiveRanks, recall_at: tuple[int, ...]) -> dict[str, Valu
 
 
 def _by_list(relevant: Array, relevant_count: Array, most: int) -> dict[str, Values]:
-    """What follows from which neighbours are relevant."""
+    """The scores that follow from which neighbours are relevant."""
     return {
         "r_precision": metrics.r_precision(relevant, relevant_count),
         "map@r": metrics.map_at_r(relevant, relevant_count),
@@ -197,15 +283,13 @@ def _by_list(relevant: Array, relevant_count: Array, most: int) -> dict[str, Val
     }
 
 
-def evaluate(
-    embed: Callable[[Array], Array],
-    query_batches: Iterable[Batch],
-    gallery_batches: Iterable[Batch] | None,
-    **options: Any,
-) -> Retrieval:
-    """Embed the batches and score them; ``options`` are those of ``retrieval_scores``."""
-    queries, query_labels = embed_batches(embed, query_batches)
-    if gallery_batches is None:
-        return retrieval_scores(queries, query_labels, None, None, **options)
-    gallery, gallery_labels = embed_batches(embed, gallery_batches)
-    return retrieval_scores(queries, query_labels, gallery, gallery_labels, **options)
+def _diagnostics(
+    vectors: np.ndarray, labels: np.ndarray, *, geometry: bool, clustering: bool
+) -> dict[str, float]:
+    scores = {}
+    if geometry:
+        scores["embedding_density"] = embedding_density(vectors, labels)
+        scores["spectral_decay"] = spectral_decay(vectors)
+    if clustering:
+        scores |= clustering_scores(vectors, labels, seed=0)
+    return scores

@@ -2,37 +2,29 @@
 
 A query's *neighbours* are gallery items, best first; an item is *relevant* if it has the query's
 label; ``relevant_count`` (R) is how many relevant items the whole gallery holds, found or not. A
-*lone* query has none: every metric here is undefined for it, so it is not valid and enters no mean
-(:func:`mmljax.numerics.masked_mean`, a total over a count). Recall@1 is also Precision@1, and top-1
-accuracy.
+*lone* query has none: every metric is undefined for it, so it is not valid and enters no mean
+(:func:`mmljax.numerics.masked_mean`, a total over a count). Every metric returns
+:class:`mmljax.types.Values`: ``value [q]`` float32 between 0 and 1, ``valid [q]``.
 
-A list has its ties in some order. Where that must not matter, take it through
+A list has its ties in some order. Where that must not matter, reorder it with
 :func:`pessimistic_relevance` first, or use :func:`tied_recall_at_k` and
-:func:`pessimistic_reciprocal_rank`, which look at the whole gallery.
-
->>> import jax.numpy as jnp
->>> relevant = jnp.array([[False, True, True], [False, False, False]])
->>> value, valid = recall_at_k(relevant, jnp.array([2, 0]), k=2)
->>> value.tolist(), valid.tolist()
-([1.0, 0.0], [True, False])
->>> map_at_r(relevant, jnp.array([2, 0])).value.tolist()  # (0 + 1/2) / 2
-[0.25, 0.0]
+:func:`pessimistic_reciprocal_rank`, which count ties in the whole gallery.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mmljax.numerics import masked_mean
 from mmljax.types import Values
 
 
 class TiedRecall(NamedTuple):
-    """Recall@K under each way of ordering what is equally similar."""
+    """Recall@K under each way of ordering equal similarities."""
 
     pessimistic: Values  # irrelevant items first
     expected: Values  # the mean over all orders
@@ -42,7 +34,12 @@ class TiedRecall(NamedTuple):
 def relevance(
     indices: Int[Array, "q k"], query_labels: Int[Array, " q"], gallery_labels: Int[Array, " g"]
 ) -> Bool[Array, "q k"]:
-    """Which neighbours, given as gallery indices, have their query's label."""
+    """Which neighbours, given as gallery indices, have their query's label.
+
+    >>> import numpy as np
+    >>> relevance(np.array([[2, 0]]), np.array([7]), np.array([7, 8, 9])).tolist()
+    [[False, True]]
+    """
     return jnp.asarray(gallery_labels)[indices] == jnp.asarray(query_labels)[:, None]
 
 
@@ -51,26 +48,48 @@ def recall_at_k(
 ) -> Values:
     """Whether a relevant item is among the first ``k`` neighbours: 1 or 0.
 
-    So the field of metric learning calls it; elsewhere it is the hit rate.
+    This is Recall@K as metric learning defines it; elsewhere it is the hit rate. Recall@1 is also
+    Precision@1, and top-1 accuracy.
+
+    >>> import numpy as np
+    >>> relevant = np.array([[False, True, True], [False, False, False]])
+    >>> value, valid = recall_at_k(relevant, np.array([2, 0]), k=2)
+    >>> value.tolist(), valid.tolist()
+    ([1.0, 0.0], [True, False])
+
+    Args:
+      relevant: which neighbours are relevant, best first.
+      relevant_count: R.
+      k: places; at most the number of neighbours.
+
+    Raises:
+      ValueError: ``k`` is below 1 or above the number of neighbours.
     """
-    _check_width(relevant, k)
-    found = jnp.any(jnp.asarray(relevant)[:, :k], axis=1)
+    found = jnp.any(_first(relevant, k), axis=1)
     return _values(found.astype(jnp.float32), relevant_count)
 
 
 def precision_at_k(
     relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"], *, k: int
 ) -> Values:
-    """Share of relevant items among the first ``k`` neighbours."""
-    _check_width(relevant, k)
-    hits = jnp.sum(jnp.asarray(relevant)[:, :k], axis=1)
+    """Share of relevant items among the first ``k`` neighbours; arguments as :func:`recall_at_k`.
+
+    >>> import numpy as np
+    >>> precision_at_k(np.array([[True, False, True]]), np.array([2]), k=2).value.tolist()
+    [0.5]
+    """
+    hits = jnp.sum(_first(relevant, k), axis=1)
     return _values(hits / k, relevant_count)
 
 
 def r_precision(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]) -> Values:
     """Share of relevant items among the first R neighbours.
 
-    NaN where R exceeds the number of neighbours given: it cannot be known from so few.
+    NaN if R exceeds the number of neighbours given: so few do not determine it.
+
+    >>> import numpy as np
+    >>> r_precision(np.array([[True, False, True]]), np.array([2])).value.tolist()
+    [0.5]
     """
     hits = _first_r(relevant, relevant_count)
     return _divided_by_r(jnp.sum(hits, axis=1), relevant, relevant_count)
@@ -79,9 +98,13 @@ def r_precision(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]) 
 def map_at_r(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]) -> Values:
     """Mean average precision at R: ``(1/R) sum_{i <= R} precision(i) relevant(i)``.
 
-    NaN where R exceeds the number of neighbours given: it cannot be known from so few.
+    NaN if R exceeds the number of neighbours given: so few do not determine it.
 
     Reference: Musgrave, Belongie, Lim, A Metric Learning Reality Check (2020), arXiv 2003.08505.
+
+    >>> import numpy as np
+    >>> map_at_r(np.array([[False, True, True]]), np.array([2])).value.tolist()  # (0 + 1/2) / 2
+    [0.25]
     """
     hits = _first_r(relevant, relevant_count)
     return _divided_by_r(jnp.sum(_precision(hits) * hits, axis=1), relevant, relevant_count)
@@ -90,32 +113,29 @@ def map_at_r(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]) -> 
 def map_at_k(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"], *, k: int) -> Values:
     """Average precision of the first k: ``(1/min(R, k)) sum_{i <= k} precision(i) relevant(i)``.
 
-    Divided by the most relevant items that k places can hold, so that a perfect list has 1. Some
-    libraries divide by R, or by the relevant items found; all agree where k places find them all.
+    The divisor is the most relevant items that k places can hold, so a perfect list has 1. Some
+    libraries divide by R, or by the relevant items found; all agree if k places find them all.
+    Arguments and errors as :func:`recall_at_k`.
+
+    >>> import numpy as np
+    >>> map_at_k(np.array([[True, False, False]]), np.array([3]), k=2).value.tolist()
+    [0.5]
     """
-    _check_width(relevant, k)
-    hits = jnp.asarray(relevant)[:, :k].astype(jnp.float32)
+    hits = _first(relevant, k).astype(jnp.float32)
     most = jnp.clip(jnp.asarray(relevant_count), 1, k)
     return _values(jnp.sum(_precision(hits) * hits, axis=1) / most, relevant_count)
 
 
 def reciprocal_rank(relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]) -> Values:
-    """One over the place of the first relevant neighbour; 0 where none is among those given."""
+    """One over the place of the first relevant neighbour; 0 if none is among those given.
+
+    >>> import numpy as np
+    >>> reciprocal_rank(np.array([[False, True]]), np.array([1])).value.tolist()
+    [0.5]
+    """
     hits = jnp.asarray(relevant)
     first = jnp.argmax(hits, axis=1)
     return _values(jnp.where(jnp.any(hits, axis=1), 1 / (first + 1), 0), relevant_count)
-
-
-def cumulative_match(
-    relevant: Bool[Array, "q k"], relevant_count: Int[Array, " q"]
-) -> Float[Array, " k"]:
-    """The cumulative match characteristic: Recall@1 to Recall@k, each the mean over valid queries.
-
-    So re-identification calls it, where each query has one relevant item or the first found counts.
-    0 where no query is valid.
-    """
-    found = jnp.cumsum(jnp.asarray(relevant), axis=1) > 0
-    return masked_mean(_values(found.T.astype(jnp.float32), relevant_count))
 
 
 def pessimistic_relevance(
@@ -123,18 +143,26 @@ def pessimistic_relevance(
 ) -> Bool[Array, "q k"]:
     """Relevance of the first ``k`` neighbours with irrelevant items first among equal similarities.
 
-    What :func:`map_at_r` and others make of it owes nothing to the gallery's order. Where a tie
-    goes on beyond place ``k``, all its places are taken for irrelevant ones: the true worst case if
-    the gallery has as many irrelevant items in that tie, else a bound from below.
+    Metrics of it, such as :func:`map_at_r`, do not depend on the gallery's order. If a tie
+    continues beyond place ``k``, all its places count as irrelevant: the true worst case if
+    the gallery has as many irrelevant items in that tie, else a lower bound.
+
+    >>> import numpy as np
+    >>> similarity, relevant = np.array([[0.9, 0.9, 0.1]]), np.array([[True, False, True]])
+    >>> pessimistic_relevance(similarity, relevant, k=2).tolist()
+    [[False, True]]
 
     Args:
-      similarity: in falling order, of ``n`` neighbours: ``k + 1``, so that a tie which goes on is
-        seen, or ``k`` where the gallery has no more.
+      similarity: in falling order, of ``n`` neighbours: ``k + 1``, so that a tie which continues
+        is seen, or ``k`` if the gallery has no more.
       relevant: of the same neighbours.
       k: places.
+
+    Raises:
+      ValueError: ``k`` is below 1 or above the number of neighbours.
     """
     similarity, relevant = jnp.asarray(similarity), jnp.asarray(relevant)
-    _check_width(relevant, k)
+    _check_places(relevant, k)
     falls = similarity[:, 1:] < similarity[:, :-1]
     tie = jnp.pad(jnp.cumsum(falls, axis=1), ((0, 0), (1, 0)))
     if relevant.shape[1] > k:
@@ -147,12 +175,16 @@ def pessimistic_relevance(
 def pessimistic_reciprocal_rank(
     above: Int[Array, " q"], tied: Int[Array, " q"], relevant_count: Int[Array, " q"]
 ) -> Values:
-    """One over the place of the first relevant item in the whole gallery, behind what ties with it.
+    """One over the rank of the first relevant item in the whole gallery, behind its ties.
+
+    >>> import numpy as np
+    >>> pessimistic_reciprocal_rank(np.array([0]), np.array([1]), np.array([1])).value.tolist()
+    [0.5]
 
     Args:
       above: irrelevant items strictly above the best relevant one, as from
         :func:`mmljax.retrieval.search.positive_ranks`.
-      tied: irrelevant items level with it.
+      tied: irrelevant items equal to it.
       relevant_count: R.
     """
     return _values(1 / (jnp.asarray(above) + jnp.asarray(tied) + 1), relevant_count)
@@ -166,7 +198,7 @@ def tied_recall_at_k(
     *,
     k: int,
 ) -> TiedRecall:
-    """Recall@K that owes nothing to the order of equal similarities.
+    """Recall@K that does not depend on the order of equal similarities.
 
     With s the highest similarity of a relevant item, ``t`` irrelevant and ``p >= 1`` relevant
     items at exactly s, and ``above`` irrelevant items above it, the ``m = k - above`` places left
@@ -176,21 +208,22 @@ def tied_recall_at_k(
 
     An embedding that maps everything to one point has 0, the chance level and 1.
 
+    >>> import numpy as np
+    >>> one = np.array([1])
+    >>> recall = tied_recall_at_k(0 * one, one, one, one, k=1)  # a tie of one and one
+    >>> [float(values.value[0]) for values in recall]
+    [0.0, 0.5, 1.0]
+
     Args:
-      above: irrelevant items strictly above s, as from :func:`mmljax.retrieval.search.positive_ranks`.
+      above: irrelevant items strictly above s, as from
+        :func:`mmljax.retrieval.search.positive_ranks`.
       tied: irrelevant items at s.
       tied_relevant: relevant items at s.
       relevant_count: R.
       k: places.
     """
     above, tied, tied_relevant = (jnp.asarray(x) for x in (above, tied, tied_relevant))
-
-    def fill(place: Array, miss: Array) -> Array:
-        left = jnp.maximum(tied - place, 0)
-        share = left / jnp.maximum(left + tied_relevant, 1)
-        return jnp.where(place < k - above, miss * share, miss)
-
-    miss = jax.lax.fori_loop(0, k, fill, jnp.ones(above.shape))
+    miss = _miss(above, tied, tied_relevant, k=k)
     return TiedRecall(
         pessimistic=_values((above + tied < k).astype(jnp.float32), relevant_count),
         expected=_values(1 - miss, relevant_count),
@@ -199,13 +232,29 @@ def tied_recall_at_k(
 
 
 def is_tied(tied: Int[Array, " q"], relevant_count: Int[Array, " q"]) -> Values:
-    """Whether the best relevant item is level with an irrelevant one: 1 or 0.
+    """Whether the best relevant item has an irrelevant one of equal similarity: 1 or 0.
+
+    >>> import numpy as np
+    >>> is_tied(np.array([0, 2]), np.array([1, 1])).value.tolist()
+    [0.0, 1.0]
 
     Args:
-      tied: irrelevant items level with it, as from :func:`mmljax.retrieval.search.positive_ranks`.
+      tied: irrelevant items equal to it, as from :func:`mmljax.retrieval.search.positive_ranks`.
       relevant_count: R.
     """
     return _values((jnp.asarray(tied) > 0).astype(jnp.float32), relevant_count)
+
+
+@functools.partial(jax.jit, static_argnames="k")  # else every call would compile its loop
+def _miss(above: Array, tied: Array, tied_relevant: Array, *, k: int) -> Float[Array, " q"]:
+    """Probability that no relevant item is among the first k, over all orders of equal items."""
+
+    def fill(place: Array, miss: Array) -> Array:
+        left = jnp.maximum(tied - place, 0)
+        share = left / jnp.maximum(left + tied_relevant, 1)
+        return jnp.where(place < k - above, miss * share, miss)
+
+    return jax.lax.fori_loop(0, k, fill, jnp.ones(above.shape))
 
 
 def _values(value: Float[Array, "*terms q"], relevant_count: Int[Array, " q"]) -> Values:
@@ -216,6 +265,11 @@ def _values(value: Float[Array, "*terms q"], relevant_count: Int[Array, " q"]) -
 def _precision(hits: Float[Array, "q k"]) -> Float[Array, "q k"]:
     """Precision of the first i neighbours, for each i."""
     return jnp.cumsum(hits, axis=1) / jnp.arange(1, hits.shape[1] + 1)
+
+
+def _first(relevant: Array, k: int) -> Bool[Array, "q k"]:
+    _check_places(relevant, k)
+    return jnp.asarray(relevant)[:, :k]
 
 
 def _first_r(relevant: Array, relevant_count: Array) -> Float[Array, "q k"]:
@@ -230,6 +284,6 @@ def _divided_by_r(total: Array, relevant: Array, relevant_count: Array) -> Value
     return _values(jnp.where(known, total / jnp.maximum(count, 1), jnp.nan), count)
 
 
-def _check_width(relevant: Array, k: int) -> None:
-    if k > relevant.shape[1]:
+def _check_places(relevant: Array, k: int) -> None:
+    if not 1 <= k <= relevant.shape[1]:
         raise ValueError(f"k={k} of only {relevant.shape[1]} neighbours; search for at least k")

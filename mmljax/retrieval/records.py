@@ -1,14 +1,13 @@
-"""Per-query records of an evaluation, and the stamp that says by which protocol they came about.
+"""Per-query records of an evaluation, with a hash of the evaluation protocol.
 
-Two results may be compared only if their stamps are equal: same images, same preparation, same
-rules. The records of a run are its ``queries.npz``, of its last evaluation.
+The protocol is a dict of hashes and settings: images, preparation, rules. Scores of equal protocols
+are comparable. A run keeps the records of its last evaluation in ``queries.npz``.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -19,8 +18,10 @@ import numpy as np
 
 from mmljax.data.fingerprint import fingerprint_contents, fingerprint_names
 from mmljax.errors import UserError
+from mmljax.files import write_atomically
+from mmljax.text import one_line
 
-if TYPE_CHECKING:  # at run time they would bring jax, which readers of records do without
+if TYPE_CHECKING:  # at run time they import jax, which reading records does not need
     from mmljax.config import Config
     from mmljax.retrieval.evaluate import Retrieval
     from mmljax.types import Dataset
@@ -34,7 +35,7 @@ _UNREADABLE = (
 
 
 class Neighbors(NamedTuple):
-    """What each query found; NumPy."""
+    """The nearest gallery images of each query; NumPy."""
 
     rows: np.ndarray  # [q k] of the gallery below, nearest first
     similarity: np.ndarray  # [q k]
@@ -43,31 +44,34 @@ class Neighbors(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What each query scored; NumPy, one entry per query."""
+    """Scores of each query; NumPy, one entry per query."""
 
     protocol: Mapping[str, Any]
-    step: int  # after how many updates
+    step: int  # updates before the evaluation
     names: np.ndarray  # [q] str, of the images
     labels: np.ndarray  # [q] their items
     values: Mapping[str, np.ndarray]  # [q] per score, named as in the results; NaN: a lone query
-    neighbors: Neighbors | None = None  # where they were kept
+    neighbors: Neighbors | None = None  # None if they were not kept
 
 
 def make_records(
-    stamp: Mapping[str, Any], step: int, dataset: Dataset, result: Retrieval
+    protocol: Mapping[str, Any], step: int, dataset: Dataset, result: Retrieval
 ) -> Records:
     """The records of an evaluation after ``step`` updates."""
     query, gallery = dataset.query, dataset.gallery or dataset.query
     found = Neighbors(result.neighbors, result.similarity, gallery.names, gallery.labels)
-    return Records(stamp, step, query.names, query.labels, result.per_query, found)
+    return Records(protocol, step, query.names, query.labels, result.per_query, found)
 
 
-def make_stamp(dataset: Dataset, config: Config) -> dict[str, Any]:
+def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
     """What must be equal for two results to be comparable.
 
-    ``data`` changes with any name or grouping of query and gallery images, but neither with their
-    order nor with the numbering of the labels; ``images`` with the stored contents of a few of
-    them, and so with the variant that was downloaded.
+    ``data`` is a hash of the names and the grouping of query and gallery images, and depends
+    neither on their order nor on the numbering of the labels. ``images`` is a hash of the stored
+    contents of a few of them, so it tells variants of a data set apart.
+
+    Raises:
+      UserError: if one of these images cannot be read.
     """
     query, gallery = dataset.query, dataset.gallery
     splits = [query] if gallery is None else [query, gallery]
@@ -85,14 +89,8 @@ def make_stamp(dataset: Dataset, config: Config) -> dict[str, Any]:
     }
 
 
-def stamp_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """One ``field: value in a, value in b`` per field that is not the same."""
-    fields = [*a, *(field for field in b if field not in a)]
-    return [f"{f}: {a.get(f)!r}, {b.get(f)!r}" for f in fields if a.get(f) != b.get(f)]
-
-
 def write_records(folder: Path, records: Records) -> Path:
-    """Write ``queries.npz`` into the folder, whole or not at all, and return its path."""
+    """Write ``queries.npz`` into the folder atomically and return its path."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {f"value {key}": value for key, value in records.values.items()}
     arrays |= {"name": records.names, "label": records.labels, "step": records.step}
@@ -100,17 +98,15 @@ def write_records(folder: Path, records: Records) -> Path:
         arrays |= {f"neighbor {k}": v for k, v in records.neighbors._asdict().items()}
     np.savez_compressed(buffer, protocol=json.dumps(records.protocol), **arrays)
     path = folder / QUERIES
-    temporary = path.with_name(QUERIES + ".partial")
-    with temporary.open("wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, buffer.getvalue())
     return path
 
 
 def read_records(path: Path) -> Records:
-    """The records of a run's directory, or of a file that lies in it.
+    """Read the records of a run.
+
+    Args:
+      path: the run's directory, a file in it, or ``queries.npz`` itself.
 
     Raises:
       UserError: if there are none, or they cannot be read.
@@ -118,7 +114,7 @@ def read_records(path: Path) -> Records:
     file = path if path.suffix == ".npz" else (path if path.is_dir() else path.parent) / QUERIES
     if not path.exists() or not file.exists():
         raise UserError(
-            f"{file if path.exists() else path} does not exist; name the --workdir of a run that "
+            f"{file if path.exists() else path} does not exist; name the directory of a run that "
             "was evaluated"
         )
     try:
@@ -140,11 +136,13 @@ def read_records(path: Path) -> Records:
         _check_records(records)
         return records
     except _UNREADABLE as error:
-        raise UserError(f"{file} is no file of records ({error}); evaluate the run again") from None
+        raise UserError(
+            f"{file} is not a file of records ({one_line(error)}); evaluate the run again"
+        ) from None
 
 
 def _check_records(records: Records) -> None:
-    """Refuse arrays that do not fit one another, as a file made by something else may hold."""
+    """Refuse arrays whose types or shapes do not fit, as a file of another program may hold."""
     count = (len(records.names),) if records.names.ndim == 1 else ()
     fits = [
         isinstance(records.protocol, dict),
@@ -161,4 +159,4 @@ def _check_records(records: Records) -> None:
             not rows.size or (rows.min() >= 0 and rows.max() < names.size),
         ]
     if not all(fits):
-        raise ValueError("its arrays do not fit one another")
+        raise ValueError("types or shapes of its arrays do not fit")

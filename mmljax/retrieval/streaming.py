@@ -1,10 +1,4 @@
-"""Exact neighbours in a gallery that lies on the host or on disk, larger than a device's memory.
-
->>> import numpy as np
->>> found = streamed_nearest_neighbors(np.eye(2), np.eye(2)[::-1], k=2, chunk=1)
->>> found.indices.tolist()
-[[1, 0], [0, 1]]
-"""
+"""Exact neighbours in a gallery on the host or on disk, which may exceed a device's memory."""
 
 from __future__ import annotations
 
@@ -19,12 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mmljax.retrieval.search import QUERY_BLOCK
+from mmljax.retrieval.checks import check_embeddings, check_search
+from mmljax.retrieval.search import CHUNK, QUERY_BLOCK
 from mmljax.retrieval.top_k import (
     WIDTH,
     Neighbors,
     block_rows,
-    check_search,
     merge,
     own_rows,
     pad_rows,
@@ -38,32 +32,44 @@ def streamed_nearest_neighbors(
     gallery: Float[np.ndarray, "g d"],
     *,
     k: int,
-    chunk: int,
+    chunk: int = CHUNK,
     self_index: Int[Array, " q"] | None = None,
+    unit: bool = False,
 ) -> Neighbors:
-    """:func:`mmljax.retrieval.search.nearest_neighbors` in a gallery that stays in host memory or on disk.
+    """Search as :func:`mmljax.retrieval.search.nearest_neighbors`, with the gallery on the host.
 
-    The gallery is read once, chunk after chunk, each of which meets all queries; while the device
-    searches one chunk the next is read. So the device holds the queries, their ``k`` best so far,
-    two chunks, and the similarities of one chunk to ``QUERY_BLOCK`` queries. The host holds two
-    chunks besides the gallery; of a memory-mapped gallery (``numpy.load(path, mmap_mode="r")``) the
-    pages that were read are given back, so that its size does not matter.
+    The gallery is read once, chunk by chunk; each chunk meets all queries, and the next one is read
+    while the device searches. So the device holds the queries, their ``k`` best so far, two
+    chunks, and the similarities of one chunk to ``QUERY_BLOCK`` queries. The host holds two chunks
+    besides the gallery; pages of a memory-mapped gallery (``numpy.load(path, mmap_mode="r")``) are
+    released after they are read, so its size does not matter.
 
     The result equals that of ``nearest_neighbors`` in every bit, ties included, on a backend that
     rounds an inner product alike in all blocks whose widths are multiples of 128 (XLA's CPU does).
 
+    >>> import numpy as np
+    >>> found = streamed_nearest_neighbors(np.eye(2), np.eye(2)[::-1], k=2, chunk=1)
+    >>> found.indices.tolist()
+    [[1, 0], [0, 1]]
+
     Args:
-      queries: finite embeddings, few enough to lie on the device.
+      queries: finite embeddings, few enough for the device.
       gallery: embeddings to search, of any floating type: an array, or one mapped from a file.
       k: neighbours per query.
-      chunk: gallery rows on their way at once, rounded up to a multiple of 128 that holds ``k``.
-      self_index: each query's own row of the gallery, which it shall not find.
+      chunk: gallery rows on the device at once, rounded up to a multiple of 128 that holds ``k``.
+      self_index: each query's own row of the gallery, which is excluded from its search.
+      unit: refuse gallery and query rows that are not of unit length.
+
+    Returns:
+      Similarities in falling order and gallery indices, ``[q k]`` each, on the device.
 
     Raises:
-      UserError: the gallery has fewer than ``k`` rows to find, or ``k`` or ``chunk`` is below 1.
+      UserError: the gallery has fewer than ``k`` rows to find, ``k`` or ``chunk`` is below 1, the
+        embedding sizes differ, or an embedding is not finite or, with ``unit``, not of unit length.
     """
-    check_search(queries, gallery, k, chunk, self_index)
     gallery = np.asarray(gallery)
+    check_search(queries, gallery, k=k, chunk=chunk, self_index=self_index)
+    check_embeddings(queries, name="query", unit=unit)
     rows, count = len(gallery), len(queries)
     width = round_up(max(min(chunk, rows), k), WIDTH)
     blocks, block = block_rows(count, QUERY_BLOCK)
@@ -78,8 +84,9 @@ def streamed_nearest_neighbors(
         jnp.zeros((blocks, block, k), jnp.int32),
     )
     for first, part in _parts(gallery, width):
-        on_device = jax.device_put(part)  # while the last part is still being searched
-        jax.block_until_ready(best)  # or the host would run ahead, and fill the device with parts
+        check_embeddings(part[: rows - first], name="gallery", unit=unit, first=first)
+        on_device = jax.device_put(part)  # while the previous part is still being searched
+        jax.block_until_ready(best)  # else the host would fill the device with parts
         best = _search_part(best, queries, own, on_device, first, rows, k=k)
     return Neighbors(*(x.reshape(blocks * block, k)[:count] for x in best))
 
@@ -88,7 +95,7 @@ def streamed_nearest_neighbors(
 def _search_part(
     best: Neighbors, queries: Array, own: Array, part: Array, first: Array, rows: Array, *, k: int
 ) -> Neighbors:
-    """The best of what was found before and of one part of the gallery, for all query blocks."""
+    """Merge the best so far with those of one part of the gallery, for all query blocks."""
 
     def search(items: tuple[Neighbors, Array, Array]) -> Neighbors:
         best, queries, own = items
@@ -103,16 +110,17 @@ def _parts(gallery: np.ndarray, width: int) -> Iterator[tuple[int, np.ndarray]]:
     for first in range(0, len(gallery), width):
         rows = gallery[first : first + width]
         part = np.zeros((width, gallery.shape[1]), np.float32)
-        part[: len(rows)] = rows
-        _give_back(rows)
+        with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
+            part[: len(rows)] = rows
+        _release(rows)
         yield first, part
 
 
-def _give_back(rows: np.ndarray) -> None:
-    """Let go of the pages of a file that reading these rows of a mapped array brought in.
+def _release(rows: np.ndarray) -> None:
+    """Release the pages of a file that were read into memory with these rows of a mapped array.
 
-    They stay in the system's cache while it has room; no value is lost, as only maps that write
-    to the file itself, or not at all, are touched.
+    They stay in the system's cache while it has room. No value is lost: only maps that are
+    read-only, or that write to the file itself, are touched.
     """
     mapped: Any = rows
     while isinstance(mapped.base, np.ndarray):
@@ -120,7 +128,7 @@ def _give_back(rows: np.ndarray) -> None:
     pages = mapped.base
     if not isinstance(pages, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    if getattr(mapped, "mode", "c") == "c":  # copy on write: its changes are nowhere else
+    if getattr(mapped, "mode", "c") == "c":  # copy on write: its changes exist only in memory
         return
     end = np.lib.array_utils.byte_bounds(rows)[1] - np.frombuffer(pages, np.uint8).ctypes.data
-    pages.madvise(mmap.MADV_DONTNEED, 0, end)  # from the start: systems bring in neighbours too
+    pages.madvise(mmap.MADV_DONTNEED, 0, end)  # from the start: systems read ahead

@@ -14,11 +14,9 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mmljax.errors import UserError
 from mmljax.numerics import similarity_matrix
 
 WIDTH = 128
@@ -65,13 +63,12 @@ def search_chunks(
     chunks: Chunks,
     rows: Array | int,
     k: int,
-    score: Callable[[Array, Array], Array] = similarity_matrix,
 ) -> Neighbors:
     """Neighbours of one block of queries among the first ``rows`` rows of the chunks.
 
     Where there are fewer than ``k``, the list ends in similarities of -inf.
     """
-    search = functools.partial(search_chunk, queries, own, rows=rows, k=k, score=score)
+    search = functools.partial(search_chunk, queries, own, rows=rows, k=k)
 
     def step(best: Neighbors, first: Array) -> tuple[Neighbors, None]:
         part = lax.dynamic_slice_in_dim(chunks.gallery, first, chunks.width)
@@ -97,10 +94,9 @@ def search_chunk(
     first: Array | int,
     rows: Array | int,
     k: int,
-    score: Callable[[Array, Array], Array] = similarity_matrix,
 ) -> Neighbors:
     """Neighbours in the chunk that starts at gallery row ``first``, of rows below ``rows``."""
-    found = _grouped_top_k(score(queries, part), own - first, rows - first, k=k)
+    found = grouped_top_k(similarity_matrix(queries, part), own - first, rows - first, k=k)
     return found._replace(indices=found.indices + first)
 
 
@@ -119,7 +115,7 @@ def best_of(found: Neighbors, *, k: int) -> Neighbors:
     )
 
 
-def _grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:
+def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:
     """Top-k of each row over the columns below ``rows`` other than ``own``.
 
     Of groups of columns side by side, only those with the highest maxima are looked into. That is
@@ -198,25 +194,3 @@ def _group_size(width: int, k: int) -> int:
     """Columns per group: a power of two that makes about as many groups as candidates."""
     group = min(2 ** round(math.log2(math.sqrt(width / k))), WIDTH)
     return group if group >= _SMALLEST_GROUP and width // group >= k + 2 else 1
-
-
-def check_search(
-    queries: Array, gallery: Array | np.ndarray, k: int, chunk: int, self_index: Array | None
-) -> None:
-    """Raise ``UserError`` for a search that cannot be done."""
-    others = gallery.shape[0] - (self_index is not None)
-    if queries.shape[1] != gallery.shape[1]:
-        raise UserError(
-            f"queries and gallery differ in embedding size: {queries.shape[1]} and "
-            f"{gallery.shape[1]}; embed both with the same network"
-        )
-    if not queries.shape[0]:
-        raise UserError("there is no query to search for; check the split")
-    if k < 1 or chunk < 1:
-        raise UserError(f"k and chunk must be at least 1, found k={k} and chunk={chunk}")
-    if k > others:
-        excluded = " besides each query itself" if self_index is not None else ""
-        raise UserError(
-            f"k={k} neighbours asked of a gallery of {others} rows{excluded}; lower k "
-            "(--config.evaluation.recall_at) or add to the gallery"
-        )

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmljax.data.thumbnails import thumbnail, webp
 from mmljax.errors import UserError
-from mmljax.retrieval.records import Neighbors, Records, make_stamp, read_records
+from mmljax.retrieval.records import Neighbors, Records, evaluation_protocol, read_records
 from mmljax.runs.reader import read_run
 from mmljax.runs.writer import read_metrics, score_keys, score_name, write_atomically
 
@@ -95,7 +95,7 @@ def write_page(
             f"{run} was evaluated by a version that kept no neighbours; run its command into "
             "another --workdir, or see it by mmljax atlas"
         )
-    if records.protocol != make_stamp(dataset, config):
+    if records.protocol != evaluation_protocol(dataset, config):
         raise UserError(
             f"the data set is not the one that {run} was evaluated on; name the folder that holds "
             "it by --directory"

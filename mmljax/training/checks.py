@@ -22,6 +22,7 @@ from mmljax.data import load
 from mmljax.data.tensorflow_devices import visible_accelerators
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
+from mmljax.retrieval.checks import check_evaluation
 from mmljax.runs import writer
 from mmljax.text import one_line, size_text
 from mmljax.training.state import PROXY_MULTIPLE
@@ -179,6 +180,7 @@ def check_data(config: Config) -> tuple[Finding, Dataset | None]:
 def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | None]:
     """Whether a trainer can be built from the config, and the trainer; None where it cannot."""
     try:
+        check_evaluation(dataset, config)
         trainer = make_trainer(
             config,
             classes=dataset.classes,

@@ -20,7 +20,7 @@ from mmljax.data.readers.splits import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import is_main_process, make_mesh, sync
 from mmljax.retrieval import records
-from mmljax.retrieval.clustering import check_available
+from mmljax.retrieval.checks import check_evaluation
 from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
 from mmljax.runs import writer
 from mmljax.runs.html import write_page
@@ -62,6 +62,7 @@ def train(
     # Everything that the config names is built first, so that a mistake shows before any work.
     mesh = make_mesh()
     dataset = load.load_dataset(config) if dataset is None else dataset
+    check_evaluation(dataset, config)
     trainer = make_trainer(
         config,
         classes=dataset.classes,
@@ -74,9 +75,7 @@ def train(
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
     score = _make_score(config, dataset, trainer, mesh)
-    protocol = records.make_stamp(dataset, config)
-    if config.evaluation.clustering:
-        check_available()
+    protocol = records.evaluation_protocol(dataset, config)
 
     with ExitStack() as stack:  # however the run ends, pending saves are finished
         stack.enter_context(claimed(workdir, config))

@@ -1,16 +1,18 @@
-"""Scores of whole splits: ideal, adversarial and random embeddings, lone queries."""
+"""Scores of whole splits: ideal, adversarial and random embeddings, lone queries, labels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmljax import metrics as public
 from mmljax.errors import UserError
-from mmljax.mesh import make_mesh
-from mmljax.retrieval.evaluate import embed_batches, retrieval_scores
+from mmljax.mesh import make_mesh, place
+from mmljax.retrieval.evaluate import embed_batches, embed_on_devices, evaluate, retrieval_scores
 from mmljax.types import Batch
 
 
@@ -52,7 +54,7 @@ def test_adversarial_embedding_has_every_score_zero() -> None:
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("by_class", [True, False])
-def test_collapsed_embedding_is_worth_nothing_in_any_order(devices: int, by_class: bool) -> None:
+def test_collapsed_embedding_scores_zero_in_any_order(devices: int, by_class: bool) -> None:
     labels = np.repeat(np.arange(15), 4).astype(np.int32)
     if not by_class:
         labels = np.random.default_rng(0).permutation(labels)
@@ -72,7 +74,7 @@ def test_collapsed_embedding_is_worth_nothing_in_any_order(devices: int, by_clas
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_per_query_values_are_what_the_scores_are_means_of(devices: int) -> None:
+def test_scores_are_means_of_the_per_query_values(devices: int) -> None:
     random = np.random.default_rng(0)
     labels = np.append(np.repeat(np.arange(12), 5), [90, 91]).astype(np.int32)  # two lone ones
     vectors = random.normal(size=(12, 8))[labels % 12] + random.normal(size=(62, 8))
@@ -157,27 +159,113 @@ def test_recall_beyond_the_gallery_is_refused() -> None:
         score(np.eye(4, dtype=np.float32), labels, None, None, recall_at=(1, 4))
 
 
-def test_no_query_with_an_answer_is_refused() -> None:
+def test_recall_at_1_is_not_needed() -> None:
+    labels = np.repeat(np.arange(5), 4).astype(np.int32)
+    result = score(np.eye(5, dtype=np.float32)[labels], labels, None, None, recall_at=(3,))
+    assert (result.scores["recall@3"], result.scores["map@3"]) == (1, 1)
+    assert "recall@1" not in result.summary()
+    assert result.summary()["chance"] == pytest.approx(3 / 19)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_labels_equal_modulo_a_power_of_two_are_different(devices: int) -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), 5)
+    vectors = (random.normal(size=(12, 8))[labels] + random.normal(size=(60, 8))).astype("f4")
+    wide = (labels % 2 + (labels // 2) * 2**32).astype(np.int64)  # 2 labels in 32 bits
+    arrays = vectors[::2], vectors[1::2]
+    expected = score(arrays[0], labels[::2], arrays[1], labels[1::2], devices=devices)
+    found = score(arrays[0], wide[::2], arrays[1], wide[1::2], devices=devices)
+    assert found.scores == expected.scores
+    alone = score(vectors, wide, None, None, devices=devices)
+    assert alone.scores == score(vectors, labels, None, None, devices=devices).scores
+    got = public.retrieval(*arrays, wide[::2], wide[1::2], recall_at=(1, 2))
+    assert got == pytest.approx(expected.summary(), abs=1e-6)
+    named = public.retrieval(*arrays, wide[::2].astype(str), wide[1::2].astype(str))
+    assert named["recall@1"] == expected.scores["recall@1"]
+
+
+def test_no_query_with_a_match_is_refused() -> None:
     vectors = np.eye(3, dtype=np.float32)
     with pytest.raises(UserError, match="no query has"):
         score(vectors, np.array([0, 1, 2]), vectors, np.array([3, 4, 5]))
 
 
-def test_embed_batches_leaves_padding_out() -> None:
-    def batch(values: list[float], valid: list[bool]) -> Batch:
-        return Batch(np.array(values), np.array(values, np.int32), np.array(valid))
+def test_labels_that_do_not_fit_are_refused() -> None:
+    vectors, labels = np.eye(3, dtype=np.float32), np.zeros(3, int)
+    for arguments in (
+        (vectors, labels[:2], None, None),
+        (vectors, labels, vectors, labels[:2]),
+        (vectors, labels, vectors, None),
+        (vectors, labels, None, labels),
+    ):
+        with pytest.raises(UserError, match="embeddings and labels must be"):
+            score(*arguments)
 
+
+def batch(values: Any, valid: Any) -> Batch:
+    return Batch(np.array(values), np.array(values, np.int32), np.array(valid))
+
+
+def test_embed_batches_leaves_padding_out() -> None:
     batches = [batch([1, 2], [True, True]), batch([3, 0], [True, False])]
     vectors, labels = embed_batches(lambda images: images[:, None] * 10, batches)
     np.testing.assert_array_equal(vectors, [[10], [20], [30]])
     np.testing.assert_array_equal(labels, [1, 2, 3])
 
 
+def test_embeddings_of_many_batches_keep_their_order() -> None:
+    mesh = make_mesh(jax.devices()[:2])
+    values = np.arange(2 * 75).reshape(75, 2)
+    batches = (place(batch(pair, pair < 149), mesh) for pair in values)
+    vectors, labels = embed_on_devices(jax.jit(lambda x: x[:, None] * 10), batches)
+    assert isinstance(vectors, jax.Array)
+    np.testing.assert_array_equal(vectors, 10 * np.arange(149)[:, None])
+    np.testing.assert_array_equal(labels, np.arange(149))
+
+
+@pytest.mark.parametrize("geometry", [False, True])
+def test_embeddings_are_fetched_for_diagnostics_alone(
+    geometry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    labels = random.permutation(np.repeat(np.arange(8), 6))
+    table = random.normal(size=(8, 16))[labels] + random.normal(size=(48, 16))
+    table = jnp.asarray(table, jnp.float32)
+    mesh = make_mesh(jax.devices()[:2])
+
+    def batches(rows: np.ndarray) -> Any:
+        return (
+            place(Batch(part, labels[part].astype(np.int32), np.ones(6, bool)), mesh)
+            for part in rows.reshape(-1, 6)
+        )
+
+    fetched = []
+
+    def to_host(x: jax.Array) -> np.ndarray:
+        fetched.append(x.shape)
+        return np.asarray(x)
+
+    monkeypatch.setattr("mmljax.retrieval.evaluate.to_host", to_host)
+    monkeypatch.setattr("mmljax.retrieval.checks.to_host", to_host)
+    options = {"recall_at": (1, 4), "chunk": 8, "mesh": mesh, "geometry": geometry}
+    rows = np.arange(48)
+    found = evaluate(jax.jit(table.__getitem__), batches(rows[:18]), batches(rows[18:]), **options)
+    assert fetched.count((18, 16)) == fetched.count((30, 16)) == geometry
+    host = np.asarray(table)
+    given = host[:18], labels[:18], host[18:], labels[18:]
+    expected = retrieval_scores(*given, **options)
+    assert found.scores == expected.scores
+    np.testing.assert_array_equal(found.neighbors, expected.neighbors)
+
+
 def test_embeddings_that_are_not_finite_are_an_error() -> None:
     labels = np.arange(6, dtype=np.int32) // 2
     vectors = np.eye(6, dtype=np.float32)
     vectors[1, 2] = np.nan
-    with pytest.raises(UserError, match="1 of 6 gallery embeddings are not finite"):
+    with pytest.raises(
+        UserError, match=r"1 of 6 gallery embeddings are not finite.* row 1;.*learning_rate"
+    ):
         score(np.eye(6, dtype=np.float32), labels, vectors, labels)
-    with pytest.raises(UserError, match="1 of 6 query embeddings are not finite"):
+    with pytest.raises(UserError, match=r"1 of 6 query embeddings are not finite.* row 1;"):
         score(vectors, labels, None, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 
 import jax
@@ -19,6 +18,7 @@ COUNT = np.array([3, 2, 1, 0])
 BY_HAND = {
     "recall_at_1": (lambda r, n: metrics.recall_at_k(r, n, k=1), [0, 1, 0]),
     "recall_at_2": (lambda r, n: metrics.recall_at_k(r, n, k=2), [1, 1, 0]),
+    "precision_at_3": (lambda r, n: metrics.precision_at_k(r, n, k=3), [2 / 3, 1 / 3, 0]),
     "r_precision": (metrics.r_precision, [2 / 3, 1 / 2, 0]),
     "map_at_r": (metrics.map_at_r, [(1 / 2 + 2 / 3) / 3, (1 / 1) / 2, 0]),
     "map_at_2": (lambda r, n: metrics.map_at_k(r, n, k=2), [(1 / 2) / 2, (1 / 1) / 2, 0]),
@@ -41,15 +41,12 @@ def slow_metrics(relevant: np.ndarray, count: int, k: int) -> dict[str, float]:
             if hits == 1:
                 scores["reciprocal_rank"] = 1 / place
         hits_after[place], precision_sum[place] = hits, total
+    scores["precision"] = hits_after[k] / k
     scores["recall"] = float(hits_after[k] > 0)
     scores["map_at_k"] = precision_sum[k] / min(count, k)
     scores["r_precision"] = hits_after[count] / count
     scores["map_at_r"] = precision_sum[count] / count
     return scores
-
-
-def test_doctest() -> None:
-    assert doctest.testmod(metrics).failed == 0
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -70,6 +67,7 @@ def test_metrics_equal_the_loops(k: int) -> None:
     count = np.minimum(relevant.sum(axis=1) + random.integers(0, 3, 200), 12)
     got = {
         "recall": metrics.recall_at_k(relevant, count, k=k),
+        "precision": metrics.precision_at_k(relevant, count, k=k),
         "map_at_k": metrics.map_at_k(relevant, count, k=k),
         "r_precision": metrics.r_precision(relevant, count),
         "map_at_r": metrics.map_at_r(relevant, count),
@@ -90,28 +88,17 @@ def test_fewer_neighbours_than_relevant_items_is_nan(metric: object) -> None:
     assert valid.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("metric", [metrics.recall_at_k, metrics.map_at_k])
-def test_more_places_than_neighbours_is_an_error(metric: object) -> None:
-    with pytest.raises(ValueError, match="k=6 of only 5"):
-        metric(RELEVANT, COUNT, k=6)
+@pytest.mark.parametrize("k", [0, 6])
+@pytest.mark.parametrize("metric", [metrics.recall_at_k, metrics.precision_at_k, metrics.map_at_k])
+def test_more_places_than_neighbours_or_none_is_an_error(metric: object, k: int) -> None:
+    with pytest.raises(ValueError, match=f"k={k} of only 5"):
+        metric(RELEVANT, COUNT, k=k)
 
 
 def test_relevance_compares_labels() -> None:
     indices = np.array([[2, 0], [1, 2]])
     got = metrics.relevance(indices, np.array([7, 9]), np.array([7, 8, 9]))
     assert got.tolist() == [[False, True], [False, True]]
-
-
-def test_cumulative_match_is_recall_at_every_place() -> None:
-    random = np.random.default_rng(0)
-    relevant = random.random((50, 9)) < 0.15
-    count = relevant.sum(axis=1) + random.integers(0, 2, 50)
-    assert np.any(count == 0)
-    curve = metrics.cumulative_match(relevant, count)
-    for k in range(1, 10):
-        expected = float(masked_mean(metrics.recall_at_k(relevant, count, k=k)))
-        assert float(curve[k - 1]) == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_allclose(metrics.cumulative_match(RELEVANT, COUNT), [1 / 3, *[2 / 3] * 4])
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -1,8 +1,6 @@
-"""The search against a stable argsort in float64, on data whose products tie and are exact."""
+"""Search and ranks against a stable argsort and loops in float64, on exact products with ties."""
 
 from __future__ import annotations
-
-import doctest
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +11,8 @@ from mmljax.errors import UserError
 from mmljax.numerics import l2_normalize, masked_mean
 from mmljax.retrieval import metrics
 from mmljax.retrieval import search as retrieval
+from mmljax.retrieval.streaming import streamed_nearest_neighbors
 from searches import DATA, SEARCHES, Case, make, mesh_of, stable_argsort
-
-
-def test_doctest() -> None:
-    assert doctest.testmod(retrieval).failed == 0
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -49,7 +44,7 @@ def test_a_tie_goes_to_the_lower_index_also_from_a_group_of_a_higher_maximum() -
     assert found.indices.tolist() == [[161, 3]]
 
 
-def test_neither_the_query_itself_nor_padding_takes_a_place() -> None:
+def test_neither_the_query_itself_nor_padding_is_found() -> None:
     gallery = np.full((600, 1), -5, np.float32)  # padding to 640 rows has similarity 0
     gallery[0], gallery[100], gallery[200] = 1, -1, -2
     found = retrieval.nearest_neighbors(
@@ -87,7 +82,7 @@ def test_work_does_not_grow_with_the_gallery() -> None:
             jax.ShapeDtypeStruct((64, 32), np.float32),
             jax.ShapeDtypeStruct((rows, 32), np.float32),
         )
-        program = retrieval.nearest_neighbors.lower(*shapes, k=5, chunk=1024).compile()
+        program = retrieval._nearest.lower(*shapes, None, k=5, chunk=1024).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     small, large = work(5_100), work(51_000)  # of whole parts and a rest
@@ -122,14 +117,16 @@ def test_wrong_sizes_are_errors() -> None:
 
 
 RANKS = {
-    "gallery": Case(37, 300, 3, 0, 4096, False),
-    "self": Case(40, 300, 3, 0, 4096, True),
-    "small_query_blocks": Case(150, 700, 3, 0, 1, True),
+    "gallery": Case(37, 300, 3, 7, 4096, False),
+    "self": Case(40, 300, 3, 299, 4096, True),
+    "small_query_blocks": Case(150, 700, 3, 3, 1, True),
+    "grouped": Case(90, 2501, 4, 2, 4096, True),
+    "more_neighbours_than_a_part_holds": Case(150, 30, 3, 17, 1, False),
 }
 
 
 @pytest.mark.parametrize("name", RANKS)
-def test_positive_ranks_equal_the_loop(name: str) -> None:
+def test_ranks_and_neighbors_equal_loops_and_a_stable_argsort(name: str) -> None:
     case = RANKS[name]
     lone = 0
     for seed, kind in enumerate(DATA):
@@ -143,13 +140,17 @@ def test_positive_ranks_equal_the_loop(name: str) -> None:
         arrays = queries, gallery, query_labels, gallery_labels
         ranks = retrieval.positive_ranks(*arrays, chunk=case.chunk, self_index=own)
         counted = np.asarray(ranks.relevant) > 0
+        expected = stable_argsort(queries, gallery, own, case.k)
         for devices in (1, 2, 8):
-            sharded = retrieval.sharded_positive_ranks(
-                *arrays, chunk=case.chunk, self_index=own, mesh=mesh_of(devices)
+            found, both = retrieval.neighbors_and_ranks(
+                *arrays, k=case.k, chunk=case.chunk, self_index=own, mesh=mesh_of(devices)
             )
-            np.testing.assert_array_equal(sharded.relevant, ranks.relevant)
-            for field, of_one in zip(sharded, ranks, strict=True):
-                np.testing.assert_array_equal(field[counted], of_one[counted], f"{kind} {devices}")
+            context = f"{kind} on {devices} devices"
+            np.testing.assert_array_equal(found.indices, expected[1], context)
+            np.testing.assert_array_equal(found.similarity, expected[0], context)
+            np.testing.assert_array_equal(both.relevant, ranks.relevant)
+            for field, of_one in zip(both, ranks, strict=True):
+                np.testing.assert_array_equal(field[counted], of_one[counted], context)
         similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
         for i in range(case.queries):
             others = [j for j in range(case.gallery) if own is None or j != own[i]]
@@ -166,6 +167,63 @@ def test_positive_ranks_equal_the_loop(name: str) -> None:
             assert ranks.tied[i] == sum(s == best for s in negative)
             assert ranks.tied_relevant[i] == sum(s == best for s in positive)
     assert lone > 0
+
+
+def test_neighbors_and_ranks_are_those_of_the_single_searches_bit_for_bit() -> None:
+    random = np.random.default_rng(0)
+    gallery = random.normal(size=(1501, 96)).astype(np.float32)
+    gallery[700:900] = gallery[:200]  # equal real-valued rows far apart
+    labels = random.integers(0, 300, 1501)
+    arrays = gallery[:70], gallery, labels[:70], labels
+    options = {"chunk": 640, "self_index": np.arange(70)}
+    neighbors = retrieval.nearest_neighbors(*arrays[:2], k=7, **options)
+    ranks = retrieval.positive_ranks(*arrays, **options)
+    assert np.sum(ranks.tied) > 10
+    for devices in (1, 3, 8):
+        both = retrieval.neighbors_and_ranks(*arrays, k=7, mesh=mesh_of(devices), **options)
+        for got, expected in zip(jax.tree.leaves(both), [*neighbors, *ranks], strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_neighbors_and_ranks_come_from_one_product() -> None:
+    x, labels = np.eye(40, dtype=np.float32), np.arange(40) // 2
+    trace = jax.make_jaxpr(
+        lambda *arrays: retrieval.neighbors_and_ranks(*arrays, k=3, mesh=mesh_of(2))
+    )
+    assert str(trace(x, x, labels, labels)).count("dot_general[") == 1
+
+
+def test_labels_equal_modulo_a_power_of_two_are_different() -> None:
+    x = np.array([[1, 0], [0.9, 0.1], [0.5, 0.5]], np.float32)
+    query_labels, gallery_labels = np.array([7]), np.array([7 + 2**32, 7, 7 - 2**33])
+    for kind in (lambda x: x, lambda x: x.astype(str)):
+        arrays = x[:1], x, kind(query_labels), kind(gallery_labels)
+        _, ranks = retrieval.neighbors_and_ranks(*arrays, k=1, mesh=mesh_of(2))
+        for found in (ranks, retrieval.positive_ranks(*arrays)):
+            assert (found.relevant.tolist(), found.above.tolist()) == ([1], [1])
+    big = np.array([2**63 - 1], np.int64), np.array([2**63, 2**63 - 1], np.uint64)
+    assert [labels.tolist() for labels in retrieval.renumbered(*big)] == [[0], [1, 0]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_embeddings_that_cannot_be_ranked_are_refused_by_row(value: float) -> None:
+    x, labels = np.eye(6, dtype=np.float32), np.arange(6) // 2
+    broken = x.copy()
+    broken[4, 1] = value
+    mesh = mesh_of(2)
+    searches = {
+        "nearest": lambda q, g: retrieval.nearest_neighbors(q, g, k=1),
+        "sharded": lambda q, g: retrieval.sharded_nearest_neighbors(q, g, k=1, mesh=mesh),
+        "ranks": lambda q, g: retrieval.positive_ranks(q, g, labels, labels),
+        "both": lambda q, g: retrieval.neighbors_and_ranks(q, g, labels, labels, k=1, mesh=mesh),
+        "streamed": lambda q, g: streamed_nearest_neighbors(q, g, k=1),
+    }
+    for search in searches.values():
+        for place in (np.asarray, jnp.asarray):
+            with pytest.raises(UserError, match=r"1 of 6 gallery .* not finite.* row 4;"):
+                search(place(x), place(broken))
+            with pytest.raises(UserError, match=r"1 of 6 query .* not finite.* row 4;"):
+                search(place(broken), place(x))
 
 
 def recalls(x: np.ndarray, labels: np.ndarray, k: int) -> list[float]:

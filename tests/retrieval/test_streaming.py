@@ -1,8 +1,7 @@
-"""The gallery on the host: the same neighbours, read once, and let go of again."""
+"""Search in a gallery on the host or in a file: the same neighbours, read once, pages released."""
 
 from __future__ import annotations
 
-import doctest
 import mmap
 import re
 from pathlib import Path
@@ -21,10 +20,6 @@ from searches import DATA, SEARCHES, make, stable_argsort
 def mapped(path: Path, gallery: np.ndarray) -> np.ndarray:
     np.save(path, gallery)
     return np.load(path, mmap_mode="r")
-
-
-def test_doctest() -> None:
-    assert doctest.testmod(streaming).failed == 0
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -106,11 +101,11 @@ def test_parts_are_read_once_in_order_and_padded() -> None:
 
 
 def resident(path: Path) -> int:
-    """Kibibytes of a mapped file that lie in this process's memory."""
+    """Kibibytes of a mapped file in this process's memory."""
     try:
         text = Path("/proc/self/smaps").read_text()
     except OSError:
-        pytest.skip("needs Linux's account of mapped memory")
+        pytest.skip("needs /proc/self/smaps")
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
     own = [part for part in parts if str(path) in part]
     assert own
@@ -118,7 +113,7 @@ def resident(path: Path) -> int:
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_pages_of_a_mapped_gallery_are_given_back(tmp_path: Path, view: bool) -> None:
+def test_pages_of_a_mapped_gallery_are_released(tmp_path: Path, view: bool) -> None:
     path = tmp_path / "gallery.npy"
     gallery = np.random.default_rng(0).normal(size=(20_000, 64)).astype(np.float32)
     file = mapped(path, gallery)
@@ -128,10 +123,10 @@ def test_pages_of_a_mapped_gallery_are_given_back(tmp_path: Path, view: bool) ->
     found = streaming.streamed_nearest_neighbors(gallery[7:39], given, k=1, chunk=2048)
     assert found.indices[:, 0].tolist() == list(range(32)) if view else list(range(7, 39))
     assert resident(path) < 200
-    np.testing.assert_array_equal(file, gallery)  # and come again when asked for
+    np.testing.assert_array_equal(file, gallery)  # they are read again when needed
 
 
-def test_what_only_a_private_map_holds_is_not_lost(tmp_path: Path) -> None:
+def test_changes_in_a_private_map_are_not_lost(tmp_path: Path) -> None:
     path = tmp_path / "gallery.npy"
     np.save(path, np.zeros((5000, 4), np.float32))
     private = np.load(path, mmap_mode="c")
@@ -150,3 +145,18 @@ def test_more_neighbours_than_the_gallery_holds_is_an_error() -> None:
         streaming.streamed_nearest_neighbors(x, x, k=3, chunk=8, self_index=np.arange(3))
     with pytest.raises(UserError, match="embedding size: 3 and 2"):
         streaming.streamed_nearest_neighbors(x, x[:, :2], k=1, chunk=8)
+
+
+def test_rows_are_refused_by_their_number_in_the_whole_gallery() -> None:
+    queries, gallery = real_valued()
+    gallery = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
+    queries = gallery[:70]
+    options: Any = {"k": 3, "chunk": 512, "unit": True}
+    streaming.streamed_nearest_neighbors(queries, gallery, **options)
+    for value, text in ((np.nan, "finite"), (1e300, "finite"), (3.0, "of unit length")):
+        broken = gallery.astype(np.float64)
+        broken[1100, 5] = value
+        with pytest.raises(UserError, match=f"gallery embeddings are not {text}.* row 1100"):
+            streaming.streamed_nearest_neighbors(queries, broken, **options)
+    with pytest.raises(UserError, match="query embeddings are not of unit length: .* row 0, of"):
+        streaming.streamed_nearest_neighbors(3 * queries, gallery, **options)
