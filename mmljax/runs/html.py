@@ -1,15 +1,15 @@
-"""A run's retrieval as one HTML file that needs nothing else.
+"""One-page HTML report of a run: ``page.html``, a single file without external references.
 
-The scores and the protocol behind them, the curves of the contributions, the scores by category,
-and the queries with the worst scores beside what they found. It reads the records of the last
-evaluation (``queries.npz``), the ledger, and the data set's images for the thumbnails; no network
-is run. Whatever comes from the data is escaped, and the file refers to no address.
+It shows the scores with the evaluation protocol, the curves of the contributions, the scores by
+category, and the queries with the worst scores beside their nearest gallery images. It reads the
+records of the last evaluation (``queries.npz``), ``metrics.jsonl``, and the data set's images for
+the thumbnails; it does not run the model. All text from the data is escaped.
 """
 
 from __future__ import annotations
 
 import base64
-import importlib.util
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,24 +18,38 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mmljax.data.thumbnails import thumbnail, webp
-from mmljax.errors import UserError
-from mmljax.retrieval.records import Neighbors, Records, evaluation_protocol, read_records
+from mmljax.errors import UserError, require
+from mmljax.files import write_atomically
+from mmljax.retrieval.records import QUERIES, Neighbors, Records, evaluation_protocol, read_records
+from mmljax.runs.plot import contribution_figure, svg_of, write_figure
 from mmljax.runs.reader import read_run
-from mmljax.runs.writer import read_metrics, score_keys, score_name, write_atomically
+from mmljax.runs.writer import METRICS, percent, read_metrics, score_keys, score_name
+from mmljax.text import one_line
 
-if TYPE_CHECKING:  # at run time they would bring jax before the arguments are found good
+if TYPE_CHECKING:  # at run time these would import jax before the arguments are checked
+    from pandas import DataFrame
     from PIL.Image import Image
 
     from mmljax.config import Config
     from mmljax.types import Dataset, Split
 
-PAGE = "page.html"
+PAGE, PLOT = "page.html", "contributions.png"
 LIMIT = 4_800_000
-"""Bytes that a page may have; its thumbnails are made as small as that takes."""
+"""Most bytes of a page; thumbnails shrink until it fits, then queries are left out."""
 
-_PACKAGES = {"jinja2": "Jinja", "PIL": "Pillow", "matplotlib": "Matplotlib", "pandas": "pandas"}
-_SIZES = ((128, 75), (112, 65), (96, 55), (80, 45), (64, 40), (48, 30))  # side, WebP's quality
-_CATEGORIES = 300  # rows of the table of categories, at most
+_log = logging.getLogger(__name__)
+
+_PACKAGES = ("jinja2", "PIL", "matplotlib", "pandas")
+_MOST = 1000  # queries; more would not fit, whatever the size of the thumbnails
+_SIZES = (
+    (128, 75),
+    (112, 65),
+    (96, 55),
+    (80, 45),
+    (64, 40),
+    (48, 30),
+)  # side in pixels, WebP quality
+_CATEGORIES = 300  # most rows in the table of categories
 
 
 class Found(NamedTuple):
@@ -53,16 +67,16 @@ class Query(NamedTuple):
     name: str
     category: str
     picture: int
-    rank: int | None  # of the first right one, None if it is not among those shown
-    average_precision: float  # MAP@R's
+    rank: int | None  # of the first correct image, None if none is shown
+    average_precision: float  # at R
     found: list[Found]
 
 
 def category(name: str, label: int) -> str:
-    """The kind of thing an image shows, as far as its name tells.
+    """The category of an image, from its name.
 
-    In-Shop's ``img/WOMEN/Dresses/id_00000002/02_1_front.jpg`` is of ``WOMEN/Dresses``; where images
-    lie in folders by class, the class; else the item's number.
+    ``WOMEN/Dresses`` for In-Shop's ``img/WOMEN/Dresses/id_00000002/02_1_front.jpg``; the class if
+    images lie in folders by class; else the item's number.
     """
     folders = name.split("/")[:-1]
     if len(folders) > 1 and folders[0] in ("img", "Img"):
@@ -72,78 +86,126 @@ def category(name: str, label: int) -> str:
     return "/".join(folders[:-1] or folders)
 
 
+def write_plot_and_page(run: Path, *, dataset: Dataset, config: Config) -> dict[str, Path]:
+    """Write ``contributions.png`` and ``page.html`` of a finished run; a failure is a warning.
+
+    Returns:
+      Paths of the files that were written, by ``plot`` and ``page``.
+    """
+    written: dict[str, Path] = {}
+    table: DataFrame | None = None
+    try:  # any error: a finished run must not fail because of its report
+        for package in ("pandas", "matplotlib"):
+            require(package, extra="plot", purpose=PLOT)
+        table = read_run(run)
+        if (figure := contribution_figure(table)) is not None:
+            written["plot"] = write_figure(figure, run / PLOT)
+    except Exception as error:
+        _log.warning("no %s: %s", PLOT, one_line(error))
+    try:
+        written["page"] = write_page(run, dataset=dataset, config=config, table=table)
+    except Exception as error:
+        _log.warning("no %s: %s", PAGE, one_line(error))
+    return written
+
+
 def write_page(
-    run: Path, *, dataset: Dataset, config: Config, output: Path | None = None, worst: int = 200
+    run: Path,
+    *,
+    dataset: Dataset,
+    config: Config,
+    output: Path | None = None,
+    worst: int = 200,
+    table: DataFrame | None = None,
 ) -> Path:
     """Write a run's page and return its path.
 
     Args:
       run: the run's directory, with the records of an evaluation.
-      dataset: that the run was evaluated on, for the thumbnails.
-      config: the run's.
+      dataset: the data set on which the run was evaluated, for the thumbnails.
+      config: the run's config.
       output: the file; ``page.html`` in the run's directory if None.
-      worst: how many queries are shown.
+      worst: number of queries shown; fewer where the page would exceed ``LIMIT``.
+      table: the run's tidy table, if it was read already.
 
     Raises:
       UserError: if a package is absent, the run was not evaluated or its files are damaged, the
-        data set is another one, or an image cannot be shown.
+        data set is another one, or an image cannot be decoded.
     """
-    require_packages(_PACKAGES, extra="page")
+    check_packages()
     records = read_records(run)
     if records.neighbors is None:
         raise UserError(
-            f"{run} was evaluated by a version that kept no neighbours; run its command into "
-            "another --workdir, or see it by mmljax atlas"
+            f"{run} was evaluated by a version that stored no neighbours; run its command with "
+            "another --workdir, or use mmljax atlas"
         )
     if records.protocol != evaluation_protocol(dataset, config):
         raise UserError(
-            f"the data set is not the one that {run} was evaluated on; name the folder that holds "
-            "it by --directory"
+            f"the data set is not the one on which {run} was evaluated; give its folder by "
+            "--directory"
         )
-    queries, images = _worst_queries(records, records.neighbors, dataset, count=worst)
+    _check_scores(records, run)
+    queries, images = _worst_queries(records, records.neighbors, dataset, count=min(worst, _MOST))
     context = {
         "run": run.resolve().name,
         "step": records.step,
-        "scores": _score_table(read_metrics(run), records.step),
+        "scores": _score_table(read_metrics(run, kind="evaluation"), records.step),
         "stamp": records.protocol,
-        "curves": _curves(run),
+        "curves": _curves(read_run(run) if table is None else table),
         "categories": _category_table(records),
         "left_out": max(0, len(set(_categories(records))) - _CATEGORIES),
-        "queries": queries,
         "count": len(records.names),
-        "shown": sorted({query.category for query in queries}),
     }
     path = run / PAGE if output is None else output
-    text = _fitting(context, images)
+    text, shown = _fitting(context, queries, images)
+    if shown < (asked := min(worst, _counted(records).size)):
+        _log.warning(
+            "%s shows %d of %d queries; more do not fit in %.1f MB", path, shown, asked, LIMIT / 1e6
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); name another --output") from error
+        raise UserError(
+            f"{path} cannot be written ({one_line(error)}); give another --output"
+        ) from error
     return path
 
 
-def require_packages(packages: Mapping[str, str], *, extra: str) -> None:
-    """Check, before any work is done, that optional packages are there.
-
-    Args:
-      packages: what is shown of each, by the name of its module.
-      extra: of mmljax, that brings them.
+def check_packages() -> None:
+    """Check that the optional packages of a page are installed.
 
     Raises:
       UserError: naming the first that is absent.
     """
-    for module, name in packages.items():
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"this needs {name}, which is absent; pip install 'mmljax[{extra}]'")
+    for package in _PACKAGES:
+        require(package, extra="page", purpose="the page of a run")
+
+
+def _check_scores(records: Records, run: Path) -> None:
+    """Refuse records without the scores that sort the queries, or with scores above 1."""
+    for key in ("map@r", "mrr"):
+        if key not in records.values:
+            raise UserError(f"{run / QUERIES} has no score {key!r}; evaluate the run again")
+    for key, values in records.values.items():
+        if np.any((values < 0) | (values > 1)):
+            raise UserError(
+                f"{run / QUERIES}: scores {key!r} are not all between 0 and 1; evaluate the run "
+                "again"
+            )
+
+
+def _counted(records: Records) -> np.ndarray:
+    """Rows of the queries that have a match, and so a score."""
+    return np.flatnonzero(~np.isnan(records.values["map@r"]))
 
 
 def _worst_queries(
     records: Records, neighbors: Neighbors, dataset: Dataset, *, count: int
 ) -> tuple[list[Query], list[Image]]:
-    """The queries with the least MAP@R, then the least reciprocal rank, and every picture once."""
+    """The queries with the lowest MAP@R, then the lowest reciprocal rank, and each image once."""
     precision, reciprocal = records.values["map@r"], records.values["mrr"]
-    counted = np.flatnonzero(~np.isnan(precision))
+    counted = _counted(records)
     order = np.lexsort((records.names[counted], reciprocal[counted], precision[counted]))
     side = _SIZES[0][0]
     pictures: dict[tuple[int, str], int] = {}
@@ -151,6 +213,11 @@ def _worst_queries(
 
     def picture(split: Split, places: Mapping[str, int], name: str) -> int:
         key = id(split), name
+        if name not in places:
+            raise UserError(
+                f"{QUERIES} names the image {name[:200]!r}, which the data set does not have; "
+                "evaluate the run again"
+            )
         if key not in pictures:
             pictures[key] = len(images)
             images.append(thumbnail(split, places[name], side=side))
@@ -186,20 +253,27 @@ def _places(split: Split) -> dict[str, int]:
 
 
 def _score_table(rows: Sequence[Mapping[str, Any]], step: int) -> list[tuple[str, list[str]]]:
-    """Scores in percent: of the evaluation at ``step``, untrained, and by chance."""
-    evaluations = {row["step"]: row for row in rows if row["kind"] == "evaluation"}
+    """Scores in percent: of the evaluation at ``step``, of the untrained network, by chance.
+
+    Args:
+      rows: of the evaluations.
+      step: of the records.
+    """
+    evaluations = {row["step"]: row for row in rows}
     if step not in evaluations:
-        raise UserError(f"metrics.jsonl has no evaluation of step {step}; evaluate the run again")
+        raise UserError(f"{METRICS} has no evaluation of step {step}; evaluate the run again")
     scores, untrained = evaluations[step], evaluations.get(0, {})
     chance = {"recall@1": scores.get("chance", math.nan)}
-    return [
-        (score_name(key), [_percent(column.get(key)) for column in (scores, untrained, chance)])
-        for key in score_keys(scores)
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None or math.isnan(share) else f"{100 * share:.1f}"
+    table = []
+    for key in score_keys(scores):
+        values = [column.get(key, math.nan) for column in (scores, untrained, chance)]
+        if any(value < 0 or value > 1 for value in values):
+            raise UserError(
+                f"{METRICS}: {key!r} of an evaluation is not between 0 and 1; evaluate the run "
+                "again"
+            )
+        table.append((score_name(key), [percent(value) for value in values]))
+    return table
 
 
 def _categories(records: Records) -> list[str]:
@@ -207,7 +281,7 @@ def _categories(records: Records) -> list[str]:
 
 
 def _category_table(records: Records) -> dict[str, Any]:
-    """Mean scores by category, the worst first: header, and a row of texts per category."""
+    """Mean scores by category, the worst first: the header, and a row of cells per category."""
     keys = score_keys(records.values)
     kinds, place = np.unique(_categories(records), return_inverse=True)
     counted = ~np.isnan(records.values[keys[0]])
@@ -219,21 +293,24 @@ def _category_table(records: Records) -> dict[str, Any]:
     }
     order = [row for row in np.argsort(means[keys[0]], kind="stable") if sizes[row]]
     rows = [
-        [str(kinds[row]), str(sizes[row]), *(_percent(float(means[key][row])) for key in keys)]
+        [str(kinds[row]), str(sizes[row]), *(percent(float(means[key][row])) for key in keys)]
         for row in order[:_CATEGORIES]
     ]
     return {"header": ["category", "queries", *map(score_name, keys)], "rows": rows}
 
 
-def _curves(run: Path) -> str:
-    from mmljax.runs.plot import contribution_figure, svg_of
-
-    figure = contribution_figure(read_run(run))
+def _curves(table: DataFrame) -> str:
+    figure = contribution_figure(table)
     return "" if figure is None else svg_of(figure)
 
 
-def _fitting(context: Mapping[str, Any], images: Sequence[Image]) -> str:
-    """The page with the largest thumbnails that keep it within ``LIMIT``, or with the smallest."""
+def _fitting(
+    context: Mapping[str, Any], queries: list[Query], images: Sequence[Image]
+) -> tuple[str, int]:
+    """The page within ``LIMIT`` and its number of queries.
+
+    The thumbnails are the largest that fit; if the smallest do not, the last queries are left out.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -244,11 +321,22 @@ def _fitting(context: Mapping[str, Any], images: Sequence[Image]) -> str:
         lstrip_blocks=True,
     )
     template = environment.get_template("page.html")
-    text = ""
+
+    def render() -> tuple[str, int]:
+        shown = sorted({query.category for query in queries})
+        text = template.render(context, queries=queries, shown=shown, pictures=pictures)
+        return text, len(text.encode())
+
     for side, quality in _SIZES:
         files = (webp(image, side=side, quality=quality) for image in images)
         pictures = [base64.b64encode(file).decode() for file in files]
-        text = template.render(context, pictures=pictures)
-        if len(text.encode()) <= LIMIT:
+        text, size = render()
+        if size <= LIMIT:
             break
-    return text
+    while size > LIMIT and queries:
+        queries = queries[: int(0.98 * len(queries) * LIMIT / size)]
+        used = [query.picture for query in queries]
+        used += [one.picture for query in queries for one in query.found]
+        pictures = pictures[: 1 + max(used, default=-1)]  # numbered as they first appear
+        text, size = render()
+    return text, len(queries)

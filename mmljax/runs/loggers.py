@@ -1,9 +1,9 @@
-"""Where a run's scalars go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow.
+"""Optional destinations of a run's scalars: TensorBoard, Weights & Biases, MLflow.
 
-Each is a class with ``scalars`` and ``close``, made only if the config asks for it. A run that was
-broken off goes on in the same run there too, whose name is kept in the workdir. What it computes
-again is there twice (MLflow), hidden (TensorBoard) or once, as it was first (Weights & Biases);
-``metrics.jsonl`` is the record.
+Each is a class with ``scalars`` and ``close``, made only if the config asks for it. A resumed run
+continues the same run of the service, whose id is stored in the workdir. Steps that are computed
+again appear twice in MLflow, replace the earlier ones in TensorBoard, and are ignored by Weights &
+Biases; ``metrics.jsonl`` is the reference.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any, Protocol
 
 from mmljax.config import LogConfig
 from mmljax.errors import UserError
-from mmljax.runs.writer import write_atomically
+from mmljax.files import write_atomically
+from mmljax.text import one_line
 
 _log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """A place for scalars."""
+    """A destination of scalars."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values after ``step`` updates."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is buffered."""
 
 
 class TensorBoard:
@@ -38,7 +39,7 @@ class TensorBoard:
     def __init__(self, workdir: Path, *, start_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # Hides what an earlier attempt wrote from this step on.
+        # TensorBoard then hides what an interrupted session wrote after this step.
         purge = start_step and start_step + 1
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 
@@ -48,12 +49,12 @@ class TensorBoard:
             self._writer.add_scalar(_plain(name), value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered."""
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases; its own settings (``WANDB_*``) say where and how."""
+    """A run of Weights & Biases, configured by its environment variables (``WANDB_*``)."""
 
     def __init__(self, workdir: Path, *, config: Mapping[str, Any]) -> None:
         import wandb
@@ -74,12 +75,12 @@ class WandB:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is buffered."""
         self._run.finish()
 
 
 class MLflow:
-    """A run of MLflow, at ``MLFLOW_TRACKING_URI``."""
+    """A run of MLflow at ``MLFLOW_TRACKING_URI``."""
 
     def __init__(self, workdir: Path, *, config: Mapping[str, Any]) -> None:
         import mlflow
@@ -104,23 +105,24 @@ class MLflow:
         self._client.log_batch(self._name, metrics=metrics)
 
     def close(self) -> None:
-        """Say that the run has ended, for now."""
+        """Mark the run as ended; a later session reopens it."""
         self._client.set_terminated(self._name)
 
 
 def make_loggers(
     log: LogConfig, workdir: Path, *, config: Mapping[str, Any], start_step: int
 ) -> list[Logger]:
-    """What ``config.log`` asks for.
+    """The loggers that ``config.log`` asks for.
 
     Args:
-      log: which.
-      workdir: the run's directory, which is there.
-      config: the run's, as a plain dict.
-      start_step: from which the run goes on.
+      log: the section of the config.
+      workdir: the run's directory; exists.
+      config: the whole config as a plain dict.
+      start_step: the restored step, or 0.
 
     Raises:
-      UserError: if one that is no default is not installed, or cannot be reached.
+      UserError: if Weights & Biases or MLflow is not installed or cannot be reached, or the folder
+        of TensorBoard cannot be written. TensorBoard that is not installed is a warning.
     """
     loggers: list[Logger] = []
     if log.tensorboard:
@@ -131,6 +133,11 @@ def make_loggers(
                 "no TensorBoard: tensorboardX is absent; pip install 'mmljax[plot]' brings it, "
                 "--config.log.tensorboard=False silences this"
             )
+        except OSError as error:
+            raise UserError(
+                f"{workdir / 'tensorboard'} cannot be written ({one_line(error)}); move it away, "
+                "or set --config.log.tensorboard=False"
+            ) from error
     for name, asked, kind in (("wandb", log.wandb, WandB), ("mlflow", log.mlflow, MLflow)):
         if not asked:
             continue
@@ -140,17 +147,16 @@ def make_loggers(
             raise UserError(
                 f"--config.log.{name}=True needs pip install 'mmljax[{name}]' ({error})"
             ) from error
-        except Exception as error:  # a service that is away fails in any way
-            text = " ".join(str(error).split())[:200]
+        except Exception as error:  # an unreachable service fails in any way
             raise UserError(
-                f"--config.log.{name}=True: no run can be begun there ({text}); check its settings "
-                f"in the environment, or set --config.log.{name}=False"
+                f"--config.log.{name}=True: no run can be started ({one_line(error)}); check its "
+                f"settings in the environment, or set --config.log.{name}=False"
             ) from error
     return loggers
 
 
 def _plain(name: str) -> str:
-    """Without ``@``, which TensorBoard and MLflow do not allow in a name."""
+    """The name without ``@``, which TensorBoard and MLflow do not allow."""
     return name.replace("@", "_")
 
 

@@ -1,13 +1,12 @@
-"""The pictures of runs: what each objective contributed, in small panels side by side.
+"""Plots of runs: what each objective contributed, in small panels side by side.
 
-The house style is here alone. Curves differ by line and marker as well as by colour, so they can
-be told apart in grey; a run looks the same in every panel, and so does an objective.
+Curves differ in line style and marker as well as in colour, so they can be distinguished in grey. A
+run looks the same in every panel, and so does an objective.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mmljax.errors import UserError
-from mmljax.runs.table import tidy
+from mmljax.files import written_atomically
+from mmljax.text import nearest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 
 
 class Panel(NamedTuple):
-    """One quantity, or a few of one kind."""
+    """A panel of a figure: one quantity, or a few of one kind."""
 
     title: str
-    quantities: str  # a pattern
-    axis: tuple[int, int] | str  # range, "linear", or "log" where the values call for it
+    quantities: str  # a regular expression
+    axis: (
+        tuple[int, int] | str
+    )  # limits, "linear", or "log": logarithmic if the values span a decade
 
 
 class Circle(NamedTuple):
-    """Points on the unit circle and what pulls at them; NumPy."""
+    """Points on the unit circle and the forces on them; NumPy."""
 
     samples: np.ndarray  # [n 2]
-    labels: np.ndarray  # [n], each the row of its proxy
+    labels: np.ndarray  # [n], rows of the proxies
     proxies: np.ndarray  # [c 2]
     sample_forces: np.ndarray  # [n 2]
     proxy_forces: np.ndarray  # [c 2]
@@ -52,10 +54,11 @@ PANELS: Mapping[str, Panel] = {
     "retrieval": Panel("retrieval", r"recall@\d+|map@r", "linear"),
 }
 
-_POINTS = 400  # of a curve; longer ones are shown by means of neighbouring steps
-_ACROSS = 4  # panels of several runs, at most
-_LEGEND = 60  # characters across a panel's legend, its lines and gaps among them
-_INK = (  # colour, line, marker: told apart in grey by line and by marker
+_POINTS = 400  # of a curve; a longer one is drawn as means of neighbouring points within a band
+_GREATEST = 1e30  # absolute value that is drawn; axes overflow far beyond it
+_ACROSS = 4  # most panels in a row, with several runs
+_LEGEND = 60  # width of a panel's legend in characters, lines and gaps included
+_INK = (  # colour, line style, marker
     ("#1a1a1a", "-", "o"),
     ("#0072b2", "--", "s"),
     ("#d55e00", "-.", "^"),
@@ -68,49 +71,33 @@ _INK = (  # colour, line, marker: told apart in grey by line and by marker
 _SVG: Any = {"svg.hashsalt": "mmljax", "svg.fonttype": "path"}  # the same file for the same curves
 
 
-def plot_contributions(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw what each objective contributed over a run, one small panel per quantity.
-
-    Args:
-      rows: as ``read_metrics`` gives them; a quantity that no row has gets no panel.
-      path: of the picture; its suffix says the format (``.png``, ``.svg``, ``.pdf``).
-
-    Returns:
-      The path, or None where there is nothing to draw or no matplotlib (a line says so).
-    """
-    try:
-        figure = contribution_figure(tidy(rows, run="", seed=0))
-    except ImportError as error:
-        logging.warning("no plot: %s is absent; pip install 'mmljax[plot]' brings it", error.name)
-        return None
-    return None if figure is None else write_figure(figure, path)
-
-
 def contribution_figure(
     table: DataFrame, *, panels: Sequence[str] = tuple(PANELS)
 ) -> Figure | None:
-    """Panels of a tidy table (:mod:`mmljax.runs.table`).
+    """Draw a tidy table (:mod:`mmljax.runs.reader`) as panels.
 
-    Of one run, a panel per quantity with a curve per objective. Of several runs, rows of panels
-    per quantity, one for each objective, with a curve per run. Seeds of a run are one curve, their
-    mean, within a band from the least to the greatest. Targets of shares are thin dotted lines.
+    One run has a panel per quantity with a curve per objective. Several runs have a panel per
+    quantity and objective with a curve per run. The seeds of a run are one curve, their mean,
+    within a band from the least to the greatest value. A curve of more than 400 steps is drawn as
+    the mean of neighbouring steps, within a band of their least and greatest value. Targets of
+    shares are thin dotted lines.
 
     Args:
       table: of one or several runs.
       panels: keys of ``PANELS``, in order; those without values are left out.
 
     Returns:
-      None where there is nothing to draw.
+      The figure, or None if there is nothing to draw.
 
     Raises:
-      UserError: on a panel that there is not.
+      UserError: if a panel is unknown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     for key in panels:
         if key not in PANELS:
-            raise UserError(f"there is no panel {key!r}; panels are {', '.join(PANELS)}")
+            raise UserError(f"there is no panel {key!r}; {nearest(key, PANELS)}")
     parts = [(PANELS[key], _of_panel(table, PANELS[key])) for key in panels]
     parts = [(panel, part) for panel, part in parts if (part["kind"] != "target").any()]
     if not parts:
@@ -124,17 +111,17 @@ def contribution_figure(
     for i, row in enumerate(grid):
         for j, (panel, part, title) in enumerate(row):
             axes = figure.add_subplot(down, across, i * across + j + 1)
-            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_title(_literal(title), loc="left", fontsize=10)
             _draw(axes, part, looks, several=several)
             _finish(axes, panel.axis)
     return figure
 
 
 def circle_figure(circles: Mapping[str, Circle]) -> Figure:
-    """Samples and proxies in two dimensions with the forces on them, a panel per title.
+    """Draw samples and proxies in two dimensions with the forces on them, a panel per title.
 
     Samples are filled, proxies large and hollow; a class has one marker and colour. The longest
-    arrow of a panel has length 0.5, so lengths compare within a panel only.
+    arrow of a panel has length 0.5, so lengths are comparable only within a panel.
 
     Args:
       circles: by title.
@@ -147,7 +134,7 @@ def circle_figure(circles: Mapping[str, Circle]) -> Figure:
     FigureCanvasAgg(figure)
     for place, (title, circle) in enumerate(circles.items(), 1):
         axes = figure.add_subplot(1, len(circles), place)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(_literal(title), loc="left", fontsize=10)
         axes.add_patch(Outline((0, 0), 1, fill=False, color="#8c8c8c", linewidth=0.8))
         for label, proxy in enumerate(circle.proxies):
             colour, _, marker = _look(label)
@@ -158,7 +145,7 @@ def circle_figure(circles: Mapping[str, Circle]) -> Figure:
             )
         forces = np.concatenate([circle.sample_forces, circle.proxy_forces])
         lengths = np.linalg.norm(forces, axis=1)
-        seen = lengths > 0.01 * lengths.max()  # shorter ones would be dots
+        seen = lengths > 0.01 * lengths.max()  # shorter ones would look like dots
         if seen.any():
             starts = np.concatenate([circle.samples, circle.proxies])
             axes.quiver(
@@ -177,17 +164,17 @@ def circle_figure(circles: Mapping[str, Circle]) -> Figure:
 
 
 def write_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure in the format that the suffix says, and return its path."""
+    """Write a figure as its suffix says (``.png``, ``.svg``, ``.pdf``) and return its path."""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_SVG):
-        figure.savefig(path)
+    with matplotlib.rc_context(_SVG), written_atomically(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix("."))
     return path
 
 
 def svg_of(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element on no ground of its own, for a page or a notebook."""
+    """The figure as an ``<svg>`` element with a transparent background."""
     import matplotlib
 
     file = io.StringIO()
@@ -197,16 +184,17 @@ def svg_of(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-_Cell = tuple[Panel, "DataFrame", str]  # with its title
+_Cell = tuple[Panel, "DataFrame", str]  # the last: its title
 
 
 def _of_panel(table: DataFrame, panel: Panel) -> DataFrame:
     part = table[table["quantity"].str.fullmatch(panel.quantities)]
-    return part[(part["quantity"] != "loss") | (part["name"] != "")]  # not the sum
+    part = part[(part["quantity"] != "loss") | (part["name"] != "")]  # without the sum
+    return part.assign(value=part["value"].where(part["value"].abs() <= _GREATEST))
 
 
 def _objectives(parts: Sequence[tuple[Panel, DataFrame]]) -> list[str]:
-    """Names in the order in which they get their looks."""
+    """Names in the order of their styles."""
     return list(dict.fromkeys(name for _, part in parts for name in part["name"] if name))
 
 
@@ -230,22 +218,24 @@ def _by_objective(parts: Sequence[tuple[Panel, DataFrame]]) -> list[list[_Cell]]
 
 
 def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> None:
-    """Curves of one panel: of each run, or of each objective."""
+    """Draw the curves of one panel: one per run, or one per objective."""
     targets = part[part["kind"] == "target"]
     keys = ["run"] if several else ["quantity", "name"]
-    curves = part[part["kind"] != "target"].groupby(keys, sort=False)
+    curves = part[part["kind"] != "target"].groupby(keys, sort=False, observed=True)
     owners = [key[-1] for key, _ in curves]  # runs or objectives
     for place, (key, curve) in enumerate(curves):
         own_look = key[-1] in looks and owners.count(key[-1]) == 1
         colour, line, marker = _look(looks.index(key[-1]) if own_look else place)
         seeds = curve["seed"].nunique()
-        values = _thinned(curve.groupby("step")["value"].agg(["mean", "min", "max"]))
+        values = curve.groupby("step")["value"].agg(["mean", "min", "max"])
+        banded = seeds > 1 or len(values) > _POINTS
+        values = _shortened(values)
         label = f"{key[0]}, {seeds} seeds" if seeds > 1 else str(key[0])
         label = label if several else _label(*key)
         axes.plot(
             values.index,
             values["mean"],
-            label=f" {label}" if label.startswith("_") else label,  # such are hidden
+            label=_literal(f" {label}" if label.startswith("_") else label),  # else hidden
             color=colour,
             linestyle=line,
             linewidth=1.4,
@@ -253,7 +243,7 @@ def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> Non
             markersize=3.5,
             markevery=max(1, len(values) // 8),
         )
-        if seeds > 1:
+        if banded:
             axes.fill_between(
                 values.index, values["min"], values["max"], color=colour, alpha=0.18, linewidth=0
             )
@@ -263,18 +253,25 @@ def _draw(axes: Any, part: DataFrame, looks: list[str], *, several: bool) -> Non
 
 
 def _look(place: int) -> tuple[str, Any, str]:
-    """Colour, line and marker; past the last ink the markers shift, so that none comes again."""
+    """Colour, line and marker; past the last of ``_INK`` the markers shift, so none repeats."""
     colour, line, _ = _INK[place % len(_INK)]
     return colour, line, _INK[(place + place // len(_INK)) % len(_INK)][2]
 
 
-def _thinned(values: DataFrame) -> DataFrame:
-    """At most ``_POINTS`` rows, each the mean of as many neighbouring ones."""
+def _shortened(values: DataFrame) -> DataFrame:
+    """At most ``_POINTS`` rows, each the mean, min and max of equally many neighbouring ones."""
     every = -(-len(values) // _POINTS)
-    if every == 1:
+    if every <= 1:
         return values
-    values = values.reset_index()
-    return values.groupby(np.arange(len(values)) // every).mean().set_index("step")
+    groups = values.reset_index().groupby(np.arange(len(values)) // every)
+    return groups.agg({"step": "mean", "mean": "mean", "min": "min", "max": "max"}).set_index(
+        "step"
+    )
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib draws as it is, rather than as a formula between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def _label(quantity: str, name: str) -> str:
@@ -298,7 +295,7 @@ def _finish(axes: Any, axis: tuple[int, int] | str) -> None:
     axes.tick_params(which="both", labelsize=8)
     axes.set_xlabel("step", fontsize=8)
     labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
-    axes.legend(  # below the axes, where no curve can run
+    axes.legend(  # below the axes, where no curve is
         frameon=False,
         fontsize=8,
         loc="upper left",

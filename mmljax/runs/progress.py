@@ -1,4 +1,4 @@
-"""How far a run is, for people: a bar in a terminal, lines elsewhere (log files, jobs)."""
+"""Progress of a run: a bar in a terminal, lines elsewhere (log files, batch jobs)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, TextIO
 
 
 class Progress:
-    """Shows steps and facts on a stream; the time left is reckoned from when this is made."""
+    """Shows steps, facts and the remaining time, estimated from the time since construction."""
 
     def __init__(self, *, start_step: int, total_steps: int, stream: TextIO) -> None:
-        """Begin at a step.
+        """Start at a step.
 
         Args:
-          start_step: from which the run goes on.
-          total_steps: where it ends.
-          stream: a bar where it is a terminal, else a line per call.
+          start_step: the restored step, or 0.
+          total_steps: last step of the run.
+          stream: shows a bar if it is a terminal, else a line per call.
         """
         self._first = self._step = start_step
         self._total = total_steps
@@ -26,7 +26,7 @@ class Progress:
         self._start = time.monotonic()
 
     def show(self, step: int, facts: Mapping[str, str]) -> None:
-        """The run is at ``step``, with these facts, in their order."""
+        """Show that the run is at ``step``, with these facts in order."""
         if self._bar is not None:
             self._bar.set_postfix(facts, refresh=False)
             self._bar.update(step - self._step)
@@ -37,7 +37,7 @@ class Progress:
             self.say(step, [*(f"{name} {value}" for name, value in facts.items()), f"eta {left}"])
 
     def say(self, step: int, facts: list[str]) -> None:
-        """A line of its own, which a bar does not break."""
+        """Print a separate line; a bar stays below it."""
         line = "  ".join([f"step {step}/{self._total}", *facts])
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
@@ -46,7 +46,7 @@ class Progress:
             self._stream.flush()
 
     def close(self) -> None:
-        """Leave the bar as it is; a second call does nothing."""
+        """Leave the bar on the screen; a second call does nothing."""
         if self._bar is not None:
             self._bar.close()
 
@@ -60,6 +60,6 @@ def _make_bar(step: int, total_steps: int, stream: TextIO) -> Any:
         unit="step",
         file=stream,
         dynamic_ncols=True,
-        mininterval=0,  # shown at every call, which are rare
+        mininterval=0,  # redrawn at every call; calls are rare
         miniters=1,
     )

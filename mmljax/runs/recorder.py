@@ -1,4 +1,4 @@
-"""What the training loop tells: its ledger row by row, its rates, and a warning where they sink."""
+"""Records the ledger and the throughput of the training loop, and warns of slow input."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmljax.runs.throughput import Compilations, InputWait
 from mmljax.runs.writer import Reporter
 from mmljax.types import Batch
 
-FIRST_STEPS = 2  # in which the step may compile: on the state as it was made, and on its own
-WINDOW = 10.0  # seconds, at least, over which the wait for input is judged
+FIRST_STEPS = 2  # may compile: the first on the initial state, the second on the output of the step
+WINDOW = 10.0  # seconds; the input wait is judged over at least this long
 
 _log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Holds scalars on the device and fetches them in blocks, so that no step waits for them."""
+    """Keeps scalars on the device and fetches them in blocks, so that no step waits for them."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class Recorder:
         """Start the clocks.
 
         Args:
-          reporter: takes the rows.
-          schedules: learning rate of each optimiser group, for the rows.
-          input_wait_warning: share of the time spent waiting for input above which a warning says
-            what to do.
+          reporter: receives the rows.
+          schedules: learning rate of each optimiser group; added to the rows.
+          input_wait_warning: fraction of the time waiting for input above which a warning is
+            logged.
         """
         self._reporter = reporter
         self._schedules = schedules
@@ -46,25 +46,25 @@ class Recorder:
         self._rows: list[tuple[int, Scalars]] = []
         self._steps = 0
         self._wait, self._compilations = InputWait(), Compilations()
-        self._waited = self._seconds = 0.0  # that the next judgement is of
+        self._waited = self._seconds = 0.0  # since the last judgement of the input
         self._starved = self._recompiled = False
         self.restart_clock()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, and the wait for it on the clock."""
+        """Return the next batch and measure the wait for it."""
         batch = self._wait.next(batches)
         if self._steps == 0:
             self.restart_clock()
         return batch
 
     def add(self, step: int, scalars: Scalars) -> None:
-        """Keep the scalars of a step that has been handed to the devices."""
+        """Keep the scalars of a step that was dispatched to the devices."""
         self._rows.append((step, scalars))
         self._steps += 1
         self._wait.step(next(iter(scalars.values())))
 
     def flush(self) -> None:
-        """Write the rows since the last flush, and the rates.
+        """Write the rows since the last flush, and the throughput.
 
         Raises:
           UserError: at the first scalar that is not finite.
@@ -93,19 +93,19 @@ class Recorder:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what went before out of the rates: the start, evaluations, saves."""
+        """Exclude the time so far from the throughput: start-up, evaluations, saves."""
         self._since = time.perf_counter()
         self._waited_before = self._wait.seconds
         self._compiled_before = self._compilations.count
         self._settled = self._steps >= FIRST_STEPS
 
     def close(self) -> None:
-        """Stop watching the steps and the compiler."""
+        """Stop measuring steps and compilations."""
         self._wait.close()
         self._compilations.close()
 
     def _judge_input(self, *, waited: float, seconds: float) -> None:
-        """Warn when the input begins to lag, over long enough to tell."""
+        """Warn when the input becomes slow, judged over at least ``WINDOW`` seconds."""
         self._waited += waited
         self._seconds += seconds
         if self._seconds < WINDOW:
@@ -125,7 +125,7 @@ class Recorder:
         self._starved = starved
 
     def _judge_compilations(self) -> None:
-        """Warn when steps begin to be compiled again."""
+        """Warn when the step is compiled again."""
         more = self._compilations.count - self._compiled_before
         recompiled = self._settled and more > 0
         if recompiled and not self._recompiled:
@@ -140,9 +140,9 @@ class Recorder:
 
 
 def describe_broken(row: Mapping[str, float]) -> str:
-    """What is not finite in a row of the ledger: the objective that went first, with its entries.
+    """The objective whose loss or gradient is not finite in a row of the ledger, with its entries.
 
-    If no objective's own loss or gradient is to blame, the network's gradient is.
+    If every objective is finite, the names of the entries that are not.
     """
     broken = [name for name, value in row.items() if not np.isfinite(value)]
     for kind in ("loss", "gradient_embeddings", "gradient_proxies"):

@@ -1,4 +1,4 @@
-"""The workdir: made where it can be, of one config, and of one run at a time."""
+"""Workdir lock and config check: one run at a time, of one config."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from mmljax.config import Config, to_dict
 from mmljax.errors import UserError
+from mmljax.files import write_atomically
 from mmljax.mesh import agree, is_main_process
-from mmljax.runs import writer
-from mmljax.text import differences
+from mmljax.runs.reader import CONFIG
+from mmljax.text import differences, one_line
 
 LOCK = "running.lock"
 
@@ -23,43 +24,36 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: Config) -> Iterator[None]:
-    """Make the workdir, or check that the run in it is this one and goes on nowhere else.
+    """Make the workdir, lock it, and check that a run in it has this config.
 
-    The first process holds a lock on a file in it, which the system takes back however the process
-    ends.
+    The first process holds a lock on a file in it. The operating system releases the lock when the
+    process ends, however it ends.
 
     Raises:
-      UserError: if it cannot be written, is in use, or holds a run of another config; in all
-        processes.
+      UserError: if the workdir cannot be written, is in use, or holds a run of another config; in
+        all processes.
     """
     with contextlib.ExitStack() as stack:
         problem: UserError | None = None
         if is_main_process():
             try:
-                _make(workdir)
                 stack.enter_context(_locked(workdir))
                 _check_config(workdir, config)
             except UserError as error:
                 problem = error
         if not agree(problem is None):
-            raise problem or UserError("the first process refused the run; its message says why")
+            raise problem or UserError("the first process refused the run; see its message")
         yield
-
-
-def _make(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
 
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
     path = workdir / LOCK
     try:
-        file = path.open("a+")
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", errors="replace")
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
+        raise _unusable(workdir, one_line(error)) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,14 +72,21 @@ def _locked(workdir: Path) -> Iterator[None]:
 
 
 def _check_config(workdir: Path, config: Config) -> None:
-    path, now = workdir / "config.json", to_dict(config)
+    """Write ``config.json``, or compare with the one that is there."""
+    path, new = workdir / CONFIG, to_dict(config)
     try:
-        before = json.loads(path.read_text()) if path.exists() else now
-        writer.write_atomically(path, json.dumps(before, indent=2))
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else new
+        if not isinstance(old, dict):
+            raise ValueError(f"it holds a JSON {type(old).__name__}, not an object")
+        write_atomically(path, json.dumps(old, indent=2))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
-    if changed := differences(before, now, prefix="config"):
+        raise _unusable(workdir, f"{CONFIG}: {one_line(error)}") from error
+    if changed := differences(old, new, prefix="config"):
         raise UserError(
             f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
             "choose another --workdir"
         )
+
+
+def _unusable(workdir: Path, reason: str) -> UserError:
+    return UserError(f"--workdir={workdir} cannot be used ({reason}); choose another --workdir")

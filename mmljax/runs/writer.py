@@ -1,48 +1,48 @@
-"""What a run writes and shows besides checkpoints: rows, results, tables.
+"""What a run writes besides checkpoints: rows of metrics and the results.
 
 A run's directory holds
 
 - ``metrics.jsonl``: one JSON object per line with ``step``, ``kind`` (``train`` for a row of the
-  ledger, ``evaluation``, ``rates``: what the clock says) and flat scalars such as ``loss/pair``. A
-  number that is not finite is written as ``null``, for JSON has no other word for it, and is read
-  back as NaN.
-- ``tensorboard/``: the same scalars, if asked for (``loggers.py``, with other places for them).
-- ``results.json``: scores and everything needed to tell where they come from.
+  ledger, ``evaluation``, ``rates`` for throughput) and flat scalars such as ``loss/pair``. JSON has
+  no NaN and no infinity: they are written as ``null`` and read back as NaN.
+- ``sessions.json``: the processes that trained the run (:mod:`mmljax.runs.sessions`).
+- ``results.json``: scores and everything needed to reproduce them.
+- ``tensorboard/``: the same scalars, if configured (:mod:`mmljax.runs.loggers`).
 
-Which scalars there are is the training step's affair: nothing here depends on their names.
+The training step decides which scalars there are; nothing here depends on their names.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
+import contextlib
 import json
 import math
-import os
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from mmljax.errors import UserError
-from mmljax.runs.plot import plot_contributions as plot_contributions  # the rest of a run's report
+from mmljax.files import write_atomically, written_atomically
+from mmljax.runs.loggers import Logger
 from mmljax.runs.progress import Progress
+from mmljax.runs.sessions import Session, Sessions
+from mmljax.text import one_line, text_table
 
 METRICS, RESULTS = "metrics.jsonl", "results.json"
 
-_VALUES = (int, float, type(None))  # of a row: a number, or null for one that is not finite
+Row = dict[str, Any]
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_TENSORFLOW = ("tensorflow", "tensorflow-cpu")  # whichever is installed
+_BLOCK = 1 << 17  # bytes of a metrics file that are parsed at once; larger blocks are slower
+_LONGEST = 18  # digits of an integer that is read as one; longer ones are read as floats
+_TYPES = frozenset((int, float, type(None), str))  # of a row's values; the text is its kind
 _RECALL = re.compile(r"recall@(\d+)")
 _SCORE_NAMES = {"r_precision": "R-precision", "map@r": "MAP@R", "mrr": "MRR"}
 
 
 class Reporter:
-    """Rows of scalars for ``metrics.jsonl`` and loggers, and for people how far the run is."""
+    """Writes rows of scalars to ``metrics.jsonl`` and the loggers, and shows the progress."""
 
     def __init__(
         self,
@@ -51,39 +51,44 @@ class Reporter:
         start_step: int,
         total_steps: int,
         batch_size: int,
-        loggers: Sequence[Any] = (),
+        loggers: Sequence[Logger] = (),
+        started: float | None = None,
         enabled: bool = True,
         stream: TextIO | None = None,
     ) -> None:
         """Open the run's files at a step.
 
-        A run that was killed computes again what followed its last checkpoint: rows of later steps
-        (at step 0 all rows) and a last line that was cut off in the middle are removed. So rows of
-        a step must be written before the checkpoint of that step.
+        A resumed run computes the steps after its last checkpoint again. Rows of these steps (at
+        step 0 all rows) and an incomplete last line are removed. So rows of a step must be written
+        before the checkpoint of that step.
 
         Args:
           workdir: the run's directory; made if absent.
-          start_step: from which the run goes on: the restored one, or 0.
-          total_steps: where it ends.
+          start_step: the restored step, or 0.
+          total_steps: last step of the run.
           batch_size: global, images per step.
-          loggers: take the same scalars (``loggers.Logger``); closed with this.
+          loggers: receive the same scalars; closed with this reporter.
+          started: ``time.monotonic()`` at the start of the session; now if None.
           enabled: False on every process but the first, whose reporter then does nothing.
           stream: where progress is shown; standard error if None.
 
         Raises:
-          UserError: if an earlier ``metrics.jsonl`` is damaged.
+          UserError: if ``metrics.jsonl`` or ``sessions.json`` is damaged.
         """
+        self.evaluations: dict[int, Row] = {}
+        """Rows of the evaluations so far, by step."""
         self._file: TextIO | None = None
         if not enabled:
             return
+        self._workdir = workdir
         self._batch_size = batch_size
         self._step = start_step
         self._loss: float | None = None
         workdir.mkdir(parents=True, exist_ok=True)
+        self._sessions = Sessions(workdir, start_step=start_step, started=started)
         path = workdir / METRICS
         if path.exists():
-            kept = [line for line, row in _rows(path) if start_step and row["step"] <= start_step]
-            write_atomically(path, "".join(kept))
+            self.evaluations = {row["step"]: row for row in _truncate(path, start_step)}
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._loggers = loggers
         self._progress = Progress(
@@ -92,8 +97,13 @@ class Reporter:
             stream=sys.stderr if stream is None else stream,
         )
 
+    @property
+    def sessions(self) -> list[Session]:
+        """All sessions of the run that trained a step, the current one last."""
+        return self._sessions.all
+
     def train(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write a row of the ledger, after ``step`` updates; ``loss`` is what progress shows."""
+        """Write the row of the ledger after ``step`` updates; progress shows its ``loss``."""
         if self._file is None:
             return
         self._write(step, "train", scalars)
@@ -103,18 +113,19 @@ class Reporter:
         """Write and show the scores of the network after ``step`` updates."""
         if self._file is None:
             return
-        self._write(step, "evaluation", scores)
+        self.evaluations[step] = self._write(step, "evaluation", scores)
+        self._update_session()
         shown = [f"{score_name(k)} {100 * scores[k]:.1f}%" for k in score_keys(scores)]
         self._progress.say(step, shown)
 
     def progress(self, *, seconds: float, steps: int, waited: float, compilations: int) -> None:
-        """Write how fast the run is, and show it with how far it is.
+        """Write the throughput, and show it with the progress.
 
         Args:
-          seconds: that the last ``steps`` steps took.
+          seconds: duration of the last ``steps`` steps.
           steps: since the last call.
-          waited: seconds of these in which the devices had no input to work on.
-          compilations: of programs, since the run began.
+          waited: seconds of these in which the devices waited for input.
+          compilations: of programs, since the session started.
         """
         if self._file is None:
             return
@@ -125,6 +136,7 @@ class Reporter:
             "compilations": compilations,
         }
         self._write(self._step, "rates", rates)
+        self._update_session()
         facts = {} if self._loss is None else {"loss": f"{float(self._loss):.4g}"}
         facts["images/s"] = f"{rates['images_per_second']:.0f}"
         facts["input wait"] = f"{rates['input_wait']:.0%}"
@@ -141,29 +153,152 @@ class Reporter:
         for logger in self._loggers:
             logger.close()
 
-    def _write(self, step: int, kind: str, scalars: Mapping[str, Any]) -> None:
+    def _write(self, step: int, kind: str, scalars: Mapping[str, Any]) -> Row:
         assert self._file is not None
         row = _plain(dict(step=step, kind=kind, **scalars))
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        with _writing(self._workdir):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
         prefix = "" if kind == "train" else f"{kind}/"
         values = {prefix + key: float(value) for key, value in scalars.items()}
         for logger in self._loggers:
             logger.scalars(step, values)
+        return _with_nan(row)
+
+    def _update_session(self) -> None:
+        with _writing(self._workdir):
+            self._sessions.update(self._step)
 
 
-def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` in their order, ``null`` as NaN.
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    """Turn a failure to write into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not workdir.is_dir():
+            raise UserError(
+                f"--workdir={workdir} was deleted or moved during training; start the run again"
+            ) from error
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({one_line(error)}); if the disk is full, "
+            "make room; then run the same command again, which resumes at the last checkpoint"
+        ) from error
 
-    May be called while the run goes on: a last line that is still being written is left out.
+
+def _truncate(path: Path, step: int) -> list[Row]:
+    """Remove rows after ``step``, all if it is 0, and return the evaluations that are kept.
+
+    The file is streamed; if it is damaged, it is left as it was.
+    """
+    evaluations = []
+    with written_atomically(path) as partial, partial.open("wb") as file:
+        for lines, rows in read_blocks(path):
+            for line, row in zip(lines, rows, strict=True):
+                if step and row["step"] <= step:
+                    file.write(line)
+                    if row["kind"] == "evaluation":
+                        evaluations.append(_with_nan(row))
+    return evaluations
+
+
+def read_metrics(workdir: Path | str, *, kind: str | None = None) -> list[Row]:
+    """The rows of ``metrics.jsonl`` in order, ``null`` as NaN.
+
+    May be called while the run is training: an incomplete last line is left out.
+
+    Args:
+      workdir: the run's directory.
+      kind: only rows of this kind; lines of other kinds are then not checked for damage, and a
+        long file is read fast. All kinds if None.
 
     Raises:
       UserError: if the file is absent or damaged.
     """
-    path = Path(workdir) / METRICS
-    if not path.exists():
-        raise UserError(f"{path} does not exist; is {str(workdir)!r} the --workdir of a run?")
-    rows = (row for _, row in _rows(path))
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    return [
+        _with_nan(row)
+        for _, rows in read_blocks(Path(workdir) / METRICS, kind=kind)
+        for row in rows
+        if kind in (None, row["kind"])
+    ]
+
+
+def read_blocks(path: Path, *, kind: str | None = None) -> Iterator[tuple[list[bytes], list[Row]]]:
+    """Yield the lines of a metrics file with their rows, about a thousand at a time.
+
+    Args:
+      path: the file. An incomplete last line is left out.
+      kind: skip lines that cannot be of this kind; all lines if None.
+
+    Raises:
+      UserError: if the file is absent or damaged.
+    """
+    word = b"" if kind is None else json.dumps(kind).encode()
+    first = 1
+    try:
+        with path.open("rb") as file:
+            while lines := file.readlines(_BLOCK):
+                if not lines[-1].endswith(b"\n"):
+                    lines.pop()
+                wanted = [i for i, line in enumerate(lines) if word in line] if word else None
+                if wanted is None:
+                    yield lines, _parse(lines, path, range(first, first + len(lines)))
+                elif wanted:
+                    chosen = [lines[i] for i in wanted]
+                    yield chosen, _parse(chosen, path, [first + i for i in wanted])
+                first += len(lines)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; is {str(path.parent)!r} the --workdir of a run?"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}); restore it, or move it away"
+        ) from error
+
+
+def _parse(lines: Sequence[bytes], path: Path, numbers: Sequence[int]) -> list[Row]:
+    """The rows of some lines; parsed at once, which is faster, or else line by line."""
+    rows = _json(b"[" + b",".join(lines) + b"]")
+    if isinstance(rows, list) and len(rows) == len(lines) and all(map(_is_row, rows)):
+        return rows
+    rows = []
+    for number, line in zip(numbers, lines, strict=True):
+        row = _json(line)
+        if not _is_row(row):
+            shown = line.decode(errors="replace").strip()[:60]
+            raise UserError(
+                f"{path}, line {number} is not a row of metrics: {shown!r}; remove the line, or "
+                "move the file away"
+            )
+        rows.append(row)
+    return rows
+
+
+def _json(text: bytes) -> Any:
+    """Parsed JSON, None if it is malformed; an integer of too many digits becomes a float."""
+    try:
+        return json.loads(
+            text.decode(), parse_int=lambda x: int(x) if len(x) <= _LONGEST else float(x)
+        )
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a value is an object with a step, a kind, and otherwise numbers or null."""
+    if not isinstance(row, dict):
+        return False
+    types = [*map(type, row.values())]
+    return (
+        type(row.get("step")) is int
+        and type(row.get("kind")) is str
+        and types.count(str) == 1
+        and _TYPES.issuperset(types)
+    )
+
+
+def _with_nan(row: Row) -> Row:
+    return {k: math.nan if v is None else v for k, v in row.items()}
 
 
 def write_results(
@@ -171,131 +306,93 @@ def write_results(
     *,
     scores: Mapping[str, Any],
     config: Mapping[str, Any],
+    sessions: Sequence[Session],
     extra: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write ``results.json``, whole or not at all, and return its path.
+) -> dict[str, Any]:
+    """Write ``results.json`` atomically and return what it holds.
+
+    Equal arguments give an equal file: dates, versions and devices are those of the sessions.
 
     Args:
       workdir: the run's directory.
       scores: of the final evaluation.
       config: the resolved config as a plain dict.
-      extra: further entries, such as how long it took.
+      sessions: that trained the run; ``seconds`` of the results is the sum of theirs.
+      extra: further entries, such as the protocol of the evaluation.
     """
-    import jax  # here, so that reading a run's files needs no accelerator
+    seconds = round(sum(session["seconds"] for session in sessions), 3)
+    results: dict[str, Any] = _plain(
+        {
+            "scores": scores,
+            "config": config,
+            "sessions": sessions,
+            "seconds": seconds,
+            **(extra or {}),
+        }
+    )
+    write_atomically(workdir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return results
 
-    results = {
-        "scores": scores,
-        "config": config,
-        "git": _git(),
-        "versions": versions(),
-        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **(extra or {}),
-    }
-    path = workdir / RESULTS
-    write_atomically(path, json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
-    return path
+
+def read_results(workdir: Path) -> dict[str, Any] | None:
+    """What ``results.json`` holds; None if it is absent or does not hold scores."""
+    try:
+        results = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = isinstance(results, dict) and isinstance(results.get("scores"), dict)
+    return results if found else None
 
 
 def recall_table(scores: Mapping[str, Any], *, untrained: Mapping[str, Any] | None = None) -> str:
     """Scores in percent as aligned plain text: a row per score, a column per network.
 
     Args:
-      scores: of the trained network, as shares: ``recall@<k>``, ``r_precision``, ``map@r``,
-        ``mrr``; with ``chance`` (Recall@1 of a random order), ``tie_rate``, ``queries``,
-        ``gallery`` and ``lone_queries`` if there. Other keys are left out.
+      scores: of the trained network, as fractions: ``recall@<k>``, ``r_precision``, ``map@r``,
+        ``mrr``; optionally ``chance`` (Recall@1 of a random order), ``tie_rate``, ``queries``,
+        ``gallery`` and ``lone_queries``. Other keys are ignored.
       untrained: the same of the network before its first step.
     """
-    keys = score_keys(scores)
     columns = {"trained": scores}
     if untrained is not None:
         columns["untrained"] = untrained
     if "chance" in scores:
         columns["chance"] = {"recall@1": scores["chance"]}
     rows = [["%", *columns]]
-    for key in keys:
-        cells = (f"{100 * c[key]:.1f}" if key in c else "-" for c in columns.values())
-        rows.append([score_name(key), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    for key in score_keys(scores):
+        rows.append([score_name(key), *(percent(column.get(key)) for column in columns.values())])
+    lines = [text_table(rows)]
     if scores.get("tie_rate"):
         lines.append(
-            f"{100 * scores['tie_rate']:.1f} % of the queries have ties, at their worst here; "
-            f"Recall@1 of the mean order: {100 * scores.get('recall_expected@1', math.nan):.1f}"
+            f"{percent(scores['tie_rate'])} % of the queries have ties, scored here in their worst "
+            f"order; Recall@1 in the mean order: {percent(scores.get('recall_expected@1'))}"
         )
     if {"queries", "gallery", "lone_queries"} <= scores.keys():
         lines.append(
             f"{scores['queries']:.0f} queries, {scores['gallery']:.0f} gallery images; "
-            f"{scores['lone_queries']:.0f} queries without a match are in no score"
+            f"{scores['lone_queries']:.0f} queries without a match are excluded from all scores"
         )
     return "\n".join(lines)
 
 
-def versions() -> dict[str, str]:
-    """Of what results depend on; read from the installed metadata, nothing is imported."""
-    versions = {"python": platform.python_version()}
-    for package in (*_PACKAGES, *_TENSORFLOW):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a run that is killed, sees the old or the new one whole."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def percent(fraction: float | None) -> str:
+    """A fraction in percent with one decimal, ``-`` if it is absent or not a number."""
+    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.1f}"
 
 
 def score_keys(scores: Mapping[str, Any]) -> list[str]:
-    """The keys that tables show, Recall@K by K and then the others."""
+    """The keys that tables show: Recall@K by K, then the other scores."""
     recalls = sorted((int(m[1]), key) for key in scores if (m := _RECALL.fullmatch(key)))
     return [key for _, key in recalls] + [key for key in _SCORE_NAMES if key in scores]
 
 
 def score_name(key: str) -> str:
-    """What a table calls a score."""
+    """The name of a score in tables."""
     return _SCORE_NAMES.get(key, key.replace("recall", "Recall"))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of a metrics file with their rows; a last line that was cut off is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or move it away") from error
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            return
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not _is_row(row):
-            raise UserError(
-                f"{path}, line {number} is no row of metrics: {line.strip()[:60]!r}; "
-                "remove the line, or move the file away"
-            )
-        yield line, row
-
-
-def _is_row(row: Any) -> bool:
-    """Whether something is a step, a kind, and numbers or null."""
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        return False
-    values = [value for key, value in row.items() if key not in ("step", "kind")]
-    return type(row.get("step")) is int and all(type(v) in _VALUES for v in values)
-
-
 def _plain(value: Any) -> Any:
-    """Plain lists, dicts and numbers for JSON, with None for what is not finite."""
+    """Plain lists, dicts and numbers for JSON, with None for NaN and infinity."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -305,18 +402,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-def _git() -> dict[str, Any] | None:
-    """Revision of the checkout that this file is tracked in, and whether it was changed since."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -23,7 +23,7 @@ from mmljax.data.tensorflow_devices import visible_accelerators
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
 from mmljax.retrieval.checks import check_evaluation
-from mmljax.runs import writer
+from mmljax.runs import sessions, writer
 from mmljax.text import one_line, size_text
 from mmljax.training.state import PROXY_MULTIPLE
 from mmljax.training.trainer import Trainer, make_trainer
@@ -59,7 +59,7 @@ def check_versions(requirements: Sequence[str] | None = None) -> Finding:
             requirements = importlib.metadata.requires("mmljax") or ()
         except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
             requirements = ()
-    found = writer.versions()
+    found = sessions.versions()
     wrong = [r for r in requirements if not _satisfied(r)]
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if wrong:
@@ -267,7 +267,7 @@ def logged_step_rate(workdir: Path) -> float | None:
     """Images per second of the run's steps without input wait; None without timing rows."""
     if not (workdir / writer.METRICS).exists():
         return None
-    rows = [row for row in writer.read_metrics(workdir) if row["kind"] == "rates"]
+    rows = writer.read_metrics(workdir, kind="rates")
     # The first row includes the compilation.
     rates = [row["images_per_second"] / max(1 - row["input_wait"], 0.01) for row in rows[1:]]
     return statistics.median(rates) if rates else None

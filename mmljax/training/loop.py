@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -18,14 +17,13 @@ from mmljax.config import Config, from_mapping, to_dict
 from mmljax.data import load
 from mmljax.data.readers.splits import count_small_classes
 from mmljax.errors import Preempted, UserError
-from mmljax.mesh import is_main_process, make_mesh, sync
+from mmljax.mesh import agree, is_main_process, make_mesh, sync
 from mmljax.retrieval import records
 from mmljax.retrieval.checks import check_evaluation
 from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
 from mmljax.runs import writer
-from mmljax.runs.html import write_page
+from mmljax.runs.html import write_plot_and_page
 from mmljax.runs.loggers import Logger, make_loggers
-from mmljax.runs.plot import plot_contributions
 from mmljax.runs.recorder import Recorder
 from mmljax.runs.workdir import claimed
 from mmljax.training import checkpoints, optim
@@ -57,7 +55,7 @@ def train(
     """
     config = config if isinstance(config, Config) else from_mapping(config)
     workdir = Path(workdir)
-    started = time.time()
+    started = time.monotonic()
 
     # Everything that the config names is built first, so that a mistake shows before any work.
     mesh = make_mesh()
@@ -97,6 +95,7 @@ def train(
             total_steps=total,
             batch_size=config.data.batch_size,
             loggers=_loggers(config, workdir, first=first),
+            started=started,
             enabled=is_main_process(),
         )
         stack.callback(reporter.close)
@@ -134,8 +133,23 @@ def train(
                 text = f"stopped by a signal; saved at step {step} of {total}"
                 raise Preempted(text, exit_code=preemption.exit_code)
 
+        finished = writer.read_results(workdir) if first == total else None
+        known = finished is not None or total in reporter.evaluations
+        if not agree(known or not is_main_process()):  # metrics.jsonl was moved away since
+            reporter.evaluation(total, score(state).summary())
+
     sync("finish")
-    return _finish(config, workdir, saved.directory, dataset, stamp=protocol, started=started)
+    if not is_main_process():
+        return {}
+    results = finished or writer.write_results(
+        workdir,
+        scores=reporter.evaluations[total],
+        config=to_dict(config),
+        sessions=reporter.sessions,
+        extra={"protocol": protocol, "untrained": reporter.evaluations.get(0)},
+    )
+    _report(config, workdir, saved.directory, dataset, results)
+    return results
 
 
 def _make_score(
@@ -202,37 +216,14 @@ def _describe(
     _log.info("steps %d to %d of %s", first, total, config.duration)
 
 
-def _finish(
-    config: Config,
-    workdir: Path,
-    saved: Path,
-    dataset: Dataset,
-    *,
-    stamp: dict[str, Any],
-    started: float,
-) -> dict[str, Any]:
-    """Write results, plot and page, and print where they are."""
-    if not is_main_process():
-        return {}
-    rows = writer.read_metrics(workdir)
-    evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    scores = evaluations[-1]
-    untrained = next((row for row in evaluations if row["step"] == 0), None)
-    results = writer.write_results(
-        workdir,
-        scores=scores,
-        config=to_dict(config),
-        extra={"protocol": stamp, "untrained": untrained, "seconds": time.time() - started},
-    )
-    paths = {"checkpoint": saved, "results": results}
-    if config.log.plot and (plot := plot_contributions(rows, workdir / "contributions.png")):
-        paths["plot"] = plot
+def _report(
+    config: Config, workdir: Path, saved: Path, dataset: Dataset, results: dict[str, Any]
+) -> None:
+    """Draw the contributions and the page, and print the scores and the paths of all files."""
+    paths = {"checkpoint": saved, "results": workdir / writer.RESULTS}
     if config.log.plot:
-        try:
-            paths["page"] = write_page(workdir, dataset=dataset, config=config)
-        except UserError as error:  # a finished run does not fail for want of its page
-            _log.warning("no page: %s", error)
-    print(writer.recall_table(scores, untrained=untrained), flush=True)  # noqa: T201
+        paths |= write_plot_and_page(workdir, dataset=dataset, config=config)
+    table = writer.recall_table(results["scores"], untrained=results.get("untrained"))
+    print(table, flush=True)  # noqa: T201
     for name, path in paths.items():
         print(f"{name:<11}{path}", flush=True)  # noqa: T201
-    return json.loads(results.read_text())

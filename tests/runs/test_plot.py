@@ -1,4 +1,4 @@
-"""The picture of a run draws what the rows hold, whatever the objectives are called."""
+"""The plots of a run show what its rows hold, whatever the objectives are called."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mmljax.runs.plot import (
     Circle,
     circle_figure,
     contribution_figure,
-    plot_contributions,
     svg_of,
+    write_figure,
 )
-from mmljax.runs.table import tidy
+from mmljax.runs.reader import tidy
 
 
 def rows_of(*names, steps=5, **constant):
@@ -32,8 +32,12 @@ def rows_of(*names, steps=5, **constant):
     return rows
 
 
+def plot_contributions(rows, path):
+    return write_figure(contribution_figure(tidy(rows, run="", seed=0)), path)
+
+
 def texts(svg):
-    """Texts of a picture: matplotlib draws letters as shapes and leaves each text as a comment."""
+    """Texts of an SVG: matplotlib draws letters as shapes and leaves each text as a comment."""
     return re.findall(r"<!-- (.+?) -->", svg.read_text())
 
 
@@ -44,7 +48,7 @@ def libraries():
 
 
 def seeds_of(run, levels):
-    """Runs of one label, one seed per level, whose weight of ``pair`` is the level."""
+    """Runs of one label, one seed per level, whose share of ``pair`` is the level."""
     import pandas as pd
 
     return pd.concat(
@@ -178,16 +182,29 @@ def test_a_run_without_one_finite_loss(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "kind": "train", "other": 1.0}]])
-def test_nothing_to_draw(tmp_path, rows):
-    assert plot_contributions(rows, tmp_path / "plot.png") is None
-    assert not list(tmp_path.iterdir())
+def test_nothing_to_draw(rows):
+    assert contribution_figure(tidy(rows, run="", seed=0)) is None
 
 
-def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    assert plot_contributions(rows_of("pair"), tmp_path / "plot.png") is None
-    (record,) = caplog.records
-    assert "pip install 'mmljax[plot]'" in record.getMessage()
+@pytest.mark.parametrize("name", ["$", "a$b$c", r"\$x^$", "$\\frac{1}{$"])
+def test_dollar_signs_are_drawn_as_they_are(name):
+    """Matplotlib's formulas begin and end with a dollar sign."""
+    import pandas as pd
+
+    tables = [tidy(rows_of(name), run=run, seed=0) for run in (name, "other")]
+    for table in (tables[0], pd.concat(tables)):
+        figure = contribution_figure(table, panels=("losses",))
+        svg = svg_of(figure)  # a formula that cannot be parsed raises
+        assert f"<!-- {name} -->" in svg
+
+
+def test_numbers_of_any_size_are_drawn(tmp_path):
+    """Without an error or a warning; rows of a damaged run may hold such."""
+    rows = rows_of("pair", steps=30)
+    for step, value in enumerate((1e308, -1e308, math.inf, -math.inf, 1e-320)):
+        rows[step] |= {"loss/pair": value, "weight/pair": abs(value), "conflict/pair": value}
+    rows[-1]["step"] = 10**18 - 1
+    svg_of(contribution_figure(tidy(rows, run="", seed=0)))
 
 
 def curves_of(figure):
@@ -231,11 +248,16 @@ def test_a_target_is_a_line_in_its_objectives_colour():
     assert aim.get_color() == proxy.get_color()
 
 
-def test_long_curves_are_drawn_by_means_of_their_steps():
+def test_long_curves_are_drawn_by_means_within_a_band_that_shows_spikes():
     rows = [{"step": s, "kind": "train", "loss/pair": float(s % 2)} for s in range(1000)]
-    (curve,) = curves_of(contribution_figure(tidy(rows, run="", seed=0)))["raw loss"].values()
+    rows[500]["loss/pair"] = 7.0
+    figure = contribution_figure(tidy(rows, run="", seed=0))
+    (curve,) = curves_of(figure)["raw loss"].values()
     assert len(curve) == 334
     assert curve[0] == pytest.approx(1 / 3)  # of 0, 1, 0
+    (band,) = figure.axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0, 7)
 
 
 def test_two_kinds_of_one_objective_look_different():
