@@ -346,10 +346,11 @@ def _override(mapping: dict[str, Any], text: str) -> None:
     if not separator or not all((*groups, name)):
         raise UserError(f"--config.{text} must have the form --config.KEY=VALUE")
     for depth, group in enumerate(groups, 1):
-        mapping = mapping.setdefault(group, {})
-        if not isinstance(mapping, dict):
-            inner = ".".join(groups[:depth])
-            raise UserError(f"--config.{path} is unknown: --config.{inner} is a value, not a group")
+        inner: Any = mapping.setdefault(group, {})
+        if not isinstance(inner, dict):
+            key = ".".join(groups[:depth])
+            raise UserError(f"--config.{path} is unknown: --config.{key} is a value, not a group")
+        mapping = inner
     mapping[name] = value if isinstance(mapping.get(name), str) else _literal(value)
 
 

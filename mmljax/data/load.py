@@ -14,6 +14,7 @@ from mmljax.data.readers.csv import read_csv
 from mmljax.data.readers.folder import read_folder
 from mmljax.data.readers.in_shop import read_in_shop
 from mmljax.data.readers.tfds import read_tfds
+from mmljax.data.sampling import check_batch, class_index
 from mmljax.data.synthetic.dataset import read_synthetic, write_synthetic
 from mmljax.errors import UserError
 from mmljax.mesh import place, process_rows
@@ -81,6 +82,22 @@ def _pipeline(split: Split) -> Any:
             "--config.data.source='arrays'"
         ) from error
     return pipeline
+
+
+def check_batches(dataset: Dataset, config: Config) -> None:
+    """Refuse batch sizes that the devices or the classes cannot fill.
+
+    Raises:
+      UserError: with the sizes and the cure.
+    """
+    data = config.data
+    process_rows(data.batch_size, key="config.data.batch_size")
+    process_rows(data.eval_batch_size, key="config.data.eval_batch_size")
+    check_batch(
+        class_index(dataset.train.labels),
+        batch_size=data.batch_size,
+        images_per_class=data.images_per_class,
+    )
 
 
 def train_batches(dataset: Dataset, config: Config, mesh: Mesh, steps: range) -> Iterator[Batch]:

@@ -128,15 +128,14 @@ def share_targets(config: Mapping[str, Any]) -> dict[str, float]:
     Args:
       config: the contents of ``config.json``.
     """
-    combination = config["combination"]
-    if combination["name"] != "share":
+    if config["combination"]["name"] != "share":
         return {}
-    groups = {"embeddings": "embedding_shares", "proxies": "proxy_shares"}
-    return {
-        f"share_{group}/{name}": float(share)
-        for group, key in groups.items()
-        for name, share in combination[key].items()
-    }
+    targets: dict[str, float] = {}
+    for group, key in (("embeddings", "embedding_share"), ("proxies", "proxy_share")):
+        shares = {name: float(row.get(key, 0)) for name, row in config["objectives"].items()}
+        total = sum(shares.values())
+        targets |= {f"share_{group}/{name}": x / total for name, x in shares.items() if x > 0}
+    return targets
 
 
 def _labelled(paths: Paths | Mapping[str, Path | str | Paths]) -> Iterator[tuple[str, Path | str]]:

@@ -1,4 +1,4 @@
-"""Workdir lock and config check: one run at a time, of one config."""
+"""Workdir lock, config check and data check: one run at a time, of one config and data set."""
 
 from __future__ import annotations
 
@@ -7,31 +7,39 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmljax.config import Config, to_dict
+from mmljax.data.fingerprint import fingerprint_differences
 from mmljax.errors import UserError
 from mmljax.files import write_atomically
 from mmljax.mesh import agree, is_main_process
 from mmljax.runs.reader import CONFIG
 from mmljax.text import differences, one_line
 
+DATA = "data.json"
 LOCK = "running.lock"
 
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Config) -> Iterator[None]:
-    """Make the workdir, lock it, and check that a run in it has this config.
+def claimed(workdir: Path, config: Config, data: Mapping[str, Any]) -> Iterator[None]:
+    """Make the workdir, lock it, and check that a run in it has this config and this data.
 
     The first process holds a lock on a file in it. The operating system releases the lock when the
     process ends, however it ends.
 
+    Args:
+      workdir: of the run.
+      config: of the run.
+      data: fingerprint of its data set (:func:`mmljax.data.fingerprint.dataset_fingerprint`).
+
     Raises:
-      UserError: if the workdir cannot be written, is in use, or holds a run of another config; in
-        all processes.
+      UserError: if the workdir cannot be written, is in use, or holds a run of another config or
+        of other data; in all processes.
     """
     with contextlib.ExitStack() as stack:
         problem: UserError | None = None
@@ -39,6 +47,7 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
             try:
                 stack.enter_context(_locked(workdir))
                 _check_config(workdir, config)
+                _check_data(workdir, data)
             except UserError as error:
                 problem = error
         if not agree(problem is None):
@@ -73,19 +82,35 @@ def _locked(workdir: Path) -> Iterator[None]:
 
 def _check_config(workdir: Path, config: Config) -> None:
     """Write ``config.json``, or compare with the one that is there."""
-    path, new = workdir / CONFIG, to_dict(config)
-    try:
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else new
-        if not isinstance(old, dict):
-            raise ValueError(f"it holds a JSON {type(old).__name__}, not an object")
-        write_atomically(path, json.dumps(old, indent=2))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unusable(workdir, f"{CONFIG}: {one_line(error)}") from error
+    new = to_dict(config)
+    old = _kept(workdir, CONFIG, new)
     if changed := differences(old, new, prefix="config"):
         raise UserError(
             f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
             "choose another --workdir"
         )
+
+
+def _check_data(workdir: Path, data: Mapping[str, Any]) -> None:
+    """Write ``data.json``, or compare with the one that is there."""
+    if changed := fingerprint_differences(_kept(workdir, DATA, data), data):
+        raise UserError(
+            f"--workdir={workdir} holds a run of other data ({'; '.join(changed)}): restore the "
+            "data, or choose another --workdir"
+        )
+
+
+def _kept(workdir: Path, name: str, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object of a file in the workdir; ``new``, which is written, if there is none."""
+    path = workdir / name
+    try:
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(new)
+        if not isinstance(old, dict):
+            raise ValueError(f"it holds a JSON {type(old).__name__}, not an object")
+        write_atomically(path, json.dumps(old, indent=2))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(workdir, f"{name}: {one_line(error)}") from error
+    return old
 
 
 def _unusable(workdir: Path, reason: str) -> UserError:

@@ -180,6 +180,7 @@ def check_data(config: Config) -> tuple[Finding, Dataset | None]:
 def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | None]:
     """Whether a trainer can be built from the config, and the trainer; None where it cannot."""
     try:
+        load.check_batches(dataset, config)
         check_evaluation(dataset, config)
         trainer = make_trainer(
             config,

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mmljax.config import Config, from_mapping, to_dict
 from mmljax.data import load
+from mmljax.data.fingerprint import dataset_fingerprint
 from mmljax.data.readers.splits import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import agree, is_main_process, make_mesh, sync
@@ -60,6 +61,7 @@ def train(
     # Everything that the config names is built first, so that a mistake shows before any work.
     mesh = make_mesh()
     dataset = load.load_dataset(config) if dataset is None else dataset
+    load.check_batches(dataset, config)
     check_evaluation(dataset, config)
     trainer = make_trainer(
         config,
@@ -76,7 +78,7 @@ def train(
     protocol = records.evaluation_protocol(dataset, config)
 
     with ExitStack() as stack:  # however the run ends, pending saves are finished
-        stack.enter_context(claimed(workdir, config))
+        stack.enter_context(claimed(workdir, config, dataset_fingerprint(dataset)))
         preemption = stack.enter_context(Preemption())
         saved = checkpoints.Checkpoints(
             workdir / "checkpoints",

@@ -21,12 +21,8 @@ ROWS = (
 )
 CONFIG = {
     "seed": 3,
-    "objectives": {"pair": {}, "proxy": {}},
-    "combination": {
-        "name": "share",
-        "embedding_shares": {"pair": 0.8, "proxy": 0.2},
-        "proxy_shares": {},
-    },
+    "objectives": {"pair": {"embedding_share": 0.4}, "proxy": {"embedding_share": 0.1}},
+    "combination": {"name": "share"},
 }
 
 

@@ -112,6 +112,42 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
     assert small_runs.metrics(tmp_path / "run") == before
 
 
+def test_changed_data_is_refused_when_a_run_resumes(tmp_path: Path) -> None:
+    config = make_config(tmp_path, duration="2 steps")
+    train.train(config, tmp_path / "run")
+    dataset = load.load_dataset(config)
+    pixels = dataset.train.images.copy()
+    pixels[0, 0, 0] ^= 255
+    changed = dataset._replace(train=dataset.train._replace(images=pixels))
+    with pytest.raises(UserError, match="other data .train: contents of sampled images differ"):
+        train.train(config, tmp_path / "run", dataset=changed)
+
+
+def test_recall_need_not_be_at_1(tmp_path: Path) -> None:
+    """The best checkpoint is chosen by a score that the run has."""
+    config = make_config(tmp_path, evaluation__recall_at=(2, 4), evaluation__every="5 steps")
+    result = train.train(config, tmp_path / "run")
+    assert {"recall@2", "recall@4"} <= result["scores"].keys()
+    assert "recall@1" not in result["scores"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation__recall_at": (1, 1000)}, "asks for Recall@1000, but a query has only"),
+        ({"data__resize_size": 11}, "--config.data.resize_size=11 is below"),
+        ({"optimizer__warmup": "30 steps"}, "is 30 steps, beyond the run's 20"),
+        ({"data__batch_size": 18, "data__images_per_class": 4}, "batch_size=18 is no"),
+    ],
+)
+def test_what_must_fail_is_refused_before_the_first_step(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train.train(make_config(tmp_path, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_of_no_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--config.duration='0 steps'"):
         train.train(make_config(tmp_path, duration="0 steps"), tmp_path / "run")
