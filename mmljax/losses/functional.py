@@ -7,15 +7,12 @@ loss, and its docstring is that of the block loss with the public arguments.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mmljax.losses import pair, proxy, ranking, separation
 from mmljax.losses.blocks import distances_for
 from mmljax.losses.mining import pair_masks
 from mmljax.losses.public import (
@@ -29,10 +26,12 @@ from mmljax.losses.public import (
     publish,
     sample_block,
 )
+from mmljax.losses.registry import LOSSES, takes
 from mmljax.numerics import masked_mean, similarity_matrix
 from mmljax.types import PairMasks, Points, Values
 
-NOTATION = """\
+_ROWS_ARE_PROXIES = {block for relation, block in LOSSES.values() if relation == "proxy_to_sample"}
+_NOTATION = """\
 ``s`` is the cosine of {0} and {1}; ``P`` and ``N`` are the positives and negatives of {0};
 ``[z]+ = max(0, z)``; ``D`` is the Euclidean distance on the unit sphere. Half precision is
 computed in float32."""
@@ -66,10 +65,8 @@ def _proxy_loss(
     classes = proxy_points(proxies, centers, size=jnp.shape(embeddings)[-1])
     count = classes.labels.shape[0] // centers
     samples = class_labelled_points(embeddings, labels, classes=count)
-    rows, columns = samples, classes
-    if block is proxy.proxy_anchor_loss:
-        rows, columns = classes, samples
-    if "centers" in inspect.signature(block).parameters:
+    rows, columns = (classes, samples) if block in _ROWS_ARE_PROXIES else (samples, classes)
+    if takes(block, "centers"):
         hyperparameters["centers"] = centers
     masks = pair_masks(rows, columns, same_kind=False)
     return _mean(block, rows, columns, masks, hyperparameters)
@@ -113,7 +110,7 @@ def _example(call: str, value: str, *lines: str) -> str:
     )
 
 
-_SAMPLES = (
+_SAMPLES: tuple[str, ...] = (
     "embeddings = jnp.array([[2.0, 0.4], [0.8, 0.5], [-0.3, 1.0], [0.5, 0.9]])",
     "labels = jnp.array([0, 0, 1, 1])",
 )
@@ -121,90 +118,81 @@ _PROXIES = {
     1: "proxies = jnp.array([[1.0, 0.2], [0.4, 0.7]])",
     2: "proxies = jnp.array([[1.0, 0.2], [0.9, -0.3], [0.4, 0.8], [-0.2, 0.7]])",
 }
-_publish = partial(publish, module="mmljax.losses", returns="A scalar.")
 
 
-def on_samples(name: str, block: Callable[..., Values], value: str) -> Callable[..., Array]:
-    """Make the public form of a pair loss; ``value`` is what its example prints."""
-    return _publish(
-        _sample_loss,
-        block,
-        name=name,
-        arguments={
-            "embeddings": EMBEDDINGS,
-            "labels": LABELS,
-            "pairs": "``PairMasks`` of ``[n m]``, from a miner. Default: every pair.",
-            **REFERENCES,
-        },
-        notes=NOTATION.format("an anchor", "a reference"),
-        example=_example(f"{name}(embeddings, labels)", value, *_SAMPLES),
-    )
+class _Form(NamedTuple):
+    """The public form of the losses of a relation."""
+
+    core: Callable[..., Array]
+    given: str  # the arrays in a call
+    arguments: dict[str, str]  # the docstring of each
+    sides: tuple[str, str]  # row and column of a block
 
 
-def on_proxies(
-    name: str, block: Callable[..., Values], value: str, *, centers: int = 1
-) -> Callable[..., Array]:
-    """Make the public form of a proxy loss; ``value`` is what its example prints."""
+_ON_SAMPLES = {
+    "embeddings": EMBEDDINGS,
+    "labels": LABELS,
+    "pairs": "``PairMasks`` of ``[n m]``, from a miner. Default: every pair.",
+    **REFERENCES,
+}
+_AMONG_PROXIES = {"proxies": PROXIES, "centers": "proxies per class."}
+_ON_PROXIES = {"embeddings": EMBEDDINGS, "labels": CLASS_LABELS, **_AMONG_PROXIES}
+_ALL = "embeddings, labels, proxies"
+_FORMS = {
+    "sample_to_sample": _Form(
+        _sample_loss, "embeddings, labels", _ON_SAMPLES, ("an anchor", "a reference")
+    ),
+    "sample_to_proxy": _Form(_proxy_loss, _ALL, _ON_PROXIES, ("a sample", "a proxy")),
+    "proxy_to_sample": _Form(_proxy_loss, _ALL, _ON_PROXIES, ("a proxy", "a sample")),
+    "proxy_to_proxy": _Form(
+        _separation_loss, "proxies", _AMONG_PROXIES, ("a proxy", "another proxy")
+    ),
+}
+
+
+def _public(name: str, value: str, *, centers: int = 1) -> Callable[..., Array]:
+    """Make the public form of a registered loss.
+
+    Args:
+      name: in the registry.
+      value: what the example prints.
+      centers: proxies per class in the example.
+    """
+    relation, block = LOSSES[name]
+    form = _FORMS[relation]
+    lines = _SAMPLES if "labels" in form.given else ()
+    lines += (_PROXIES[centers],) if "proxies" in form.given else ()
     rest = f", centers={centers}" if centers > 1 else ""
-    sides = ("a sample", "a proxy")
-    return _publish(
-        _proxy_loss,
+    return publish(
+        form.core,
         block,
         name=name,
-        arguments={
-            "embeddings": EMBEDDINGS,
-            "labels": CLASS_LABELS,
-            "proxies": PROXIES,
-            "centers": "proxies per class.",
-        },
-        notes=NOTATION.format(*(sides[::-1] if block is proxy.proxy_anchor_loss else sides)),
-        example=_example(
-            f"{name}(embeddings, labels, proxies{rest})", value, *_SAMPLES, _PROXIES[centers]
-        ),
+        module="mmljax.losses",
+        arguments=form.arguments,
+        notes=_NOTATION.format(*form.sides),
+        returns="A scalar.",
+        example=_example(f"{name}({form.given}{rest})", value, *lines),
     )
 
 
-def among_proxies(
-    name: str, block: Callable[..., Values], value: str, *, centers: int = 1
-) -> Callable[..., Array]:
-    """Make the public form of a separation loss; ``value`` is what its example prints."""
-    rest = f", centers={centers}" if centers > 1 else ""
-    return _publish(
-        _separation_loss,
-        block,
-        name=name,
-        arguments={"proxies": PROXIES, "centers": "proxies per class."},
-        notes=NOTATION.format("a proxy", "another proxy"),
-        example=_example(f"{name}(proxies{rest})", value, _PROXIES[centers]),
-    )
-
-
-multi_similarity = on_samples("multi_similarity", pair.multi_similarity_loss, "0.441")
-contrastive = on_samples("contrastive", pair.contrastive_loss, "0.445")
-triplet_hard = on_samples("triplet_hard", pair.triplet_hard_loss, "0.079")
-triplet_semihard = on_samples("triplet_semihard", pair.triplet_semihard_loss, "0.022")
-triplet_all = on_samples("triplet_all", pair.triplet_all_loss, "0.102")
-margin = on_samples("margin", pair.margin_loss, "0.505")
-circle = on_samples("circle", pair.circle_loss, "21.817")
-supcon = on_samples("supcon", pair.supcon_loss, "0.630")
-nt_xent = on_samples("nt_xent", pair.nt_xent_loss, "0.754")
-smooth_ap = on_samples("smooth_ap", ranking.smooth_ap_loss, "0.126")
-proxy_anchor = on_proxies("proxy_anchor", proxy.proxy_anchor_loss, "27.657")
-proxy_nca_pp = on_proxies("proxy_nca_pp", proxy.proxy_nca_pp_loss, "0.080")
-normalized_softmax = on_proxies("normalized_softmax", proxy.normalized_softmax_loss, "0.073")
-cosface = on_proxies("cosface", proxy.cosface_loss, "1.585")
-arcface = on_proxies("arcface", proxy.arcface_loss, "0.528")
-subcenter_arcface = on_proxies(
-    "subcenter_arcface", proxy.subcenter_arcface_loss, "0.347", centers=2
-)
-soft_triple = on_proxies("soft_triple", proxy.soft_triple_loss, "0.067", centers=2)
-soft_triple_regularizer = among_proxies(
-    "soft_triple_regularizer", separation.soft_triple_regularizer, "0.310", centers=2
-)
-nearest_proxy = among_proxies("nearest_proxy", separation.nearest_proxy_separation_loss, "0.557")
-soft_orthogonality = among_proxies(
-    "soft_orthogonality", separation.soft_orthogonality_loss, "0.431"
-)
-hyperspherical_energy = among_proxies(
-    "hyperspherical_energy", separation.hyperspherical_energy_loss, "1.457"
-)
+multi_similarity = _public("multi_similarity", "0.441")
+contrastive = _public("contrastive", "0.445")
+triplet_hard = _public("triplet_hard", "0.079")
+triplet_semihard = _public("triplet_semihard", "0.022")
+triplet_all = _public("triplet_all", "0.102")
+margin = _public("margin", "0.505")
+circle = _public("circle", "21.817")
+supcon = _public("supcon", "0.630")
+nt_xent = _public("nt_xent", "0.754")
+smooth_ap = _public("smooth_ap", "0.126")
+proxy_anchor = _public("proxy_anchor", "27.657")
+proxy_nca_pp = _public("proxy_nca_pp", "0.080")
+normalized_softmax = _public("normalized_softmax", "0.073")
+cosface = _public("cosface", "1.585")
+arcface = _public("arcface", "0.528")
+subcenter_arcface = _public("subcenter_arcface", "0.347", centers=2)
+soft_triple = _public("soft_triple", "0.067", centers=2)
+soft_triple_regularizer = _public("soft_triple_regularizer", "0.310", centers=2)
+nearest_proxy = _public("nearest_proxy", "0.557")
+soft_orthogonality = _public("soft_orthogonality", "0.431")
+hyperspherical_energy = _public("hyperspherical_energy", "1.457")

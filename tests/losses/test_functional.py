@@ -15,6 +15,7 @@ from loops import CASES
 
 from mmljax import combinations, losses, miners
 from mmljax.errors import UserError
+from mmljax.losses import registry
 from mmljax.types import PairMasks
 from objective_blocks import quick_jit
 
@@ -108,8 +109,8 @@ def example(name, dtype=np.float32):
     return {n: a if n == "labels" else a.astype(dtype) for n, a in given.items()}, options
 
 
-def test_every_loss_has_a_loop():
-    assert sorted(losses.__all__) == NAMES
+def test_every_registered_loss_is_public_and_has_a_loop():
+    assert sorted(losses.__all__) == sorted(registry.LOSSES) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
