@@ -197,7 +197,8 @@ def distance_weighted_miner(
     replacement (Gumbel top-k), which the paper leaves open, from one key per anchor, so they are
     the same on any number of devices.
 
-    Source: Wu et al. 2017, arXiv 1706.07567, eq. 4. Made for ``margin_loss``.
+    Source: Wu et al. 2017, arXiv 1706.07567, eq. 4.
+    Use: with the loss ``margin``.
 
     Args:
       views: the two views; ``sample`` and ``keys`` are used.

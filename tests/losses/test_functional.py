@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import math
 import pickle
 from functools import partial
 
@@ -15,7 +16,8 @@ from loops import CASES
 
 from mmljax import combinations, losses, miners
 from mmljax.errors import UserError
-from mmljax.losses import registry
+from mmljax.losses import pair, registry
+from mmljax.numerics import l2_normalize
 from mmljax.types import PairMasks
 from objective_blocks import quick_jit
 
@@ -148,6 +150,54 @@ def test_labels_of_64_bits_are_told_apart():
     np.testing.assert_array_equal(losses.supcon(x[:3], wide[:3], **references), expected)
     with pytest.raises(UserError, match="labels beyond 32 bits"):
         losses.supcon(x[:3], jnp.asarray(LABELS[:3]), **references)
+
+
+def close_vectors(distance):
+    """Two vectors of different lengths whose directions are this far apart, float32."""
+    first, away = np.array([2.0, 1.0, -2.0]) / 3, np.array([1.0, -2.0, 0.0]) / math.sqrt(5)
+    angle = 2 * math.asin(distance / 2)
+    second = math.cos(angle) * first + math.sin(angle) * away
+    return np.array([1.5 * first, 0.7 * second], np.float32)
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-3, 1.7e-3, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("name", ["margin", "soft_triple_regularizer", "hyperspherical_energy"])
+def test_gradients_of_distances_are_right_near_zero(name, distance):
+    """The slope of each function of the distance, along the tangent at the first vector."""
+    x = close_vectors(distance)
+    wide = x.astype(float)
+    unit = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    exact = np.linalg.norm(unit[0] - unit[1])
+    labels = np.zeros(2, int)
+    loss, value, slope = {
+        "margin": (lambda x: losses.margin(x, labels, beta=0.0), 0.2 + exact, 1),
+        "soft_triple_regularizer": (
+            lambda x: losses.soft_triple_regularizer(x, centers=2),
+            exact / 2,
+            0.5,
+        ),
+        "hyperspherical_energy": (
+            losses.hyperspherical_energy,
+            max(exact, 1e-2) ** -2,
+            -2 * exact**-3 * (exact > 1e-2),
+        ),
+    }[name]
+    direction = (unit[0] - unit[1]) / exact
+    tangent = direction - unit[0] * (unit[0] @ direction)
+    expected = slope * tangent / np.linalg.norm(wide[0])
+    got, gradient = quick_jit(jax.value_and_grad(loss))(x)
+    tolerance = 1e-6 + 2e-7 / distance
+    np.testing.assert_allclose(got, value, rtol=tolerance)
+    error = np.linalg.norm(gradient[0] - expected)
+    assert error <= 2 * tolerance * max(np.linalg.norm(expected), 1e-9)
+
+
+def test_the_block_form_without_distances_has_the_stated_error():
+    x = close_vectors(1.7e-3)
+    similarity = l2_normalize(jnp.asarray(x)) @ l2_normalize(jnp.asarray(x)).T
+    masks = PairMasks(~np.eye(2, dtype=bool), np.zeros((2, 2), bool))
+    value = pair.margin_loss(similarity, masks, margin=0.0, beta=0.0).value[0]
+    assert 1e-3 < abs(value / 1.7e-3 - 1) < 0.1
 
 
 def test_pairs_of_miners_are_accepted_under_jit():
