@@ -26,6 +26,42 @@ def test_l2_normalize_has_unit_rows_and_survives_zero() -> None:
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_l2_normalize_in_half_precision(dtype: str) -> None:
+    """In float16 the epsilon is 0 and the square of 300 is infinite."""
+    x = jnp.array([[0, 0], [300, 400], [3e-3, -4e-3]], dtype)
+    y = numerics.l2_normalize(x)
+    assert y.dtype == x.dtype
+    np.testing.assert_allclose(y.astype(np.float32), [[0, 0], [0.6, 0.8], [0.6, -0.8]], rtol=1e-2)
+    gradient = jax.grad(lambda x: numerics.l2_normalize(x).astype(jnp.float32).sum())(x)
+    assert np.isfinite(gradient.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1.7e-3, 0.1, 1.0])
+def test_squared_distances_keep_their_digits(distance: float) -> None:
+    """Value and gradient of the distance in float32 against float64, from the same vectors."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(5, 16))
+    away = random.normal(size=(5, 16))
+    away -= x * np.sum(x * away, axis=1, keepdims=True) / np.sum(x * x, axis=1, keepdims=True)
+    x, away = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, away))
+    angle = 2 * math.asin(distance / 2)
+    y = (math.cos(angle) * x + math.sin(angle) * away).astype(np.float32)
+    x = x.astype(np.float32)
+    difference = x.astype(float)[:, None] - y.astype(float)
+    expected = np.linalg.norm(difference, axis=-1)
+
+    def total(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sqrt(numerics.squared_distances(x, y)).sum()
+
+    np.testing.assert_allclose(numerics.squared_distances(x, y), expected**2, rtol=2e-6)
+    at_x, at_y = jax.grad(total, (0, 1))(x, y)
+    directions = difference / expected[..., None]
+    tolerance = 1e-6 + 1e-6 / distance  # a difference of matrix products
+    np.testing.assert_allclose(at_x, directions.sum(1), atol=tolerance)
+    np.testing.assert_allclose(at_y, -directions.sum(0), atol=tolerance)
+
+
 @pytest.mark.parametrize("add_one", [False, True])
 def test_masked_logsumexp_equals_the_loop(add_one: bool) -> None:
     random = np.random.default_rng(0)

@@ -32,7 +32,7 @@ def pair_masks(rows: Points, columns: Points, *, same_kind: bool) -> PairMasks:
       columns: ``m`` points.
       same_kind: whether rows and columns are of one kind (samples and samples, proxies and
         proxies), so that an equal position means the point itself, which is then in neither mask.
-        Identity is told by position, never by similarity: an exact duplicate stays a pair.
+        Positions decide this, never similarity: an exact duplicate stays a pair.
     """
     both = rows.valid[:, None] & columns.valid[None, :]
     if same_kind:
@@ -62,7 +62,8 @@ def _select(
 def sample_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
     """Keep the pairs that Multi-Similarity mining keeps in the view of the anchor itself.
 
-    The published rule (Wang et al. 2019, arXiv 1904.06627, eq. 8 and 9).
+    Source: Wang et al. 2019, arXiv 1904.06627, eq. 8 and 9.
+    Use: to reproduce Multi-Similarity.
 
     Args:
       views: the two views; only ``sample`` is used.
@@ -77,6 +78,7 @@ def proxy_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairM
 
     The anchor itself counts among the positives when their minimum is taken. Source: this
     project's reading of Lee and Roh (CVPRW 2020), which names the relation and gives no rule.
+    Use: noisy anchors; the proxy stands for many of them.
 
     Args:
       views: the two views; ``proxy`` and ``anchor`` are used.
@@ -88,9 +90,10 @@ def proxy_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairM
 
 
 def either_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
-    """Keep the pairs that at least one of :func:`sample_miner` and :func:`proxy_miner` keeps.
+    """Keep the pairs that at least one of the rules ``sample`` and ``proxy`` keeps.
 
     Source: this project.
+    Use: the default, with a wide margin.
 
     Args:
       views: the two views.
@@ -103,9 +106,10 @@ def either_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> Pair
 
 
 def both_miner(views: Views, masks: PairMasks, *, margin: float = 0.1) -> PairMasks:
-    """Keep the pairs that both :func:`sample_miner` and :func:`proxy_miner` keep.
+    """Keep the pairs that both rules, ``sample`` and ``proxy``, keep.
 
     Source: this project.
+    Use: few pairs, all of them hard.
 
     Args:
       views: the two views.
@@ -128,8 +132,8 @@ def blend_miner(
       views: the two views.
       masks: all pairs.
       margin: in cosine.
-      blend: share of the sample's view: 1 is close to :func:`sample_miner`, 0 is
-        :func:`proxy_miner`.
+      blend: share of the sample's view: 1 is close to the rule ``sample``, 0 is the rule
+        ``proxy``.
     """
     sample, proxy, anchor = jax.lax.stop_gradient((views.sample, views.proxy, views.anchor))
     mixed = blend * sample + (1 - blend) * proxy
@@ -193,7 +197,8 @@ def distance_weighted_miner(
     replacement (Gumbel top-k), which the paper leaves open, from one key per anchor, so they are
     the same on any number of devices.
 
-    Source: Wu et al. 2017, arXiv 1706.07567, eq. 4. Made for ``margin_loss``.
+    Source: Wu et al. 2017, arXiv 1706.07567, eq. 4.
+    Use: with the loss ``margin``.
 
     Args:
       views: the two views; ``sample`` and ``keys`` are used.
@@ -216,7 +221,7 @@ def distance_weighted_miner(
 
 
 def proxy_masks(kept: PairMasks, own: Bool[Array, "c b"], masks: PairMasks) -> PairMasks:
-    """Carry the anchors' selection over to proxies.
+    """Select the samples of each proxy from the selections of its class's anchors.
 
     A sample counts against a proxy if some anchor of the proxy's class in the batch keeps it; a
     proxy without an anchor in the batch keeps nothing. The anchor's own column is its proxy's
