@@ -1,16 +1,16 @@
-"""Time the training input: decode, random resized crop, flip, batch; against torch's DataLoader.
+"""Time the training input (decode, random resized crop, flip, batch) against torch's DataLoader.
 
-    python -m benchmarks.input                                # 256 px JPEGs that it generates
+    python -m benchmarks.input                                # generated JPEGs of 256 px
     python -m benchmarks.input --images data/grocery/Img      # and all the images below a folder
-    python -m benchmarks.input --side 2000 --count 100        # photographs as cameras make them
+    python -m benchmarks.input --side 2000 --count 100        # JPEGs of the size of photographs
 
 Both sides read the same files with the same settings (area 0.16 to 1, width over height 3/4 to
-4/3, half of them mirrored, bilinear with antialiasing, 224 px, uint8) with as many threads or
-worker processes as asked. They take turns within one process; each is given by the median of its
-turns, and the ratio is that of the medians. A side's input is started before its first turn and
-idles between them; what it had made ahead by then is not counted. All files have been read
-before, so the disk has no part in it. The torch side decodes and crops with Pillow, large images
-too at their full size, as torchvision's loader does. Needs the extra ``peers``.
+4/3, half of them mirrored, bilinear with antialiasing, 224 px, uint8) and as many threads or
+worker processes. They take turns within one process. Each rate is the median of its turns; the
+ratio is that of the medians. Each input is started before its first turn and idles between turns;
+the batches that it made ahead meanwhile are not counted. All files were read before, so that the
+disk plays no part. The torch side decodes and crops with Pillow at full size, as torchvision's
+loader does. Needs the extra ``peers``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def settings(threads: int, batch_size: int) -> DataConfig:
 
 
 def our_batches(split: Split, config: DataConfig) -> Iterator[Batch]:
-    """Batches of this project's pipeline, left in host memory."""
+    """Batches of mmljax's pipeline, in host memory."""
     from mmljax.data import pipeline
 
     return pipeline.train_batches(
@@ -75,7 +75,7 @@ def our_batches(split: Split, config: DataConfig) -> Iterator[Batch]:
 
 
 class PillowImages:
-    """What a worker of torch's DataLoader does: images decoded, cropped and mirrored by Pillow.
+    """The work of a torch DataLoader's worker: Pillow decodes, crops and mirrors the images.
 
     The same as torchvision's RandomResizedCrop and RandomHorizontalFlip, without their overhead.
     """
@@ -113,7 +113,7 @@ class PillowImages:
 
 
 def torch_batches(split: Split, config: DataConfig) -> Iterator[Any]:
-    """Batches of torch's DataLoader with as many worker processes as ours has threads."""
+    """Batches of torch's DataLoader, with one worker process for each of our threads."""
     from torch.utils.data import DataLoader, RandomSampler
 
     images = PillowImages(split.images.tolist(), config)
@@ -130,7 +130,7 @@ def torch_batches(split: Split, config: DataConfig) -> Iterator[Any]:
 
 
 def rate(batches: Iterator[Any], *, ahead: int, batch_size: int, seconds: float) -> float:
-    """Images per second of an input that was idle, without the batches that it had ready."""
+    """Images per second of an input that was idle; its ``ahead`` ready batches do not count."""
     for _ in itertools.islice(batches, ahead):
         pass
     begin, count = time.perf_counter(), 0
@@ -152,7 +152,7 @@ def compare(split: Split, config: DataConfig, *, repeats: int, seconds: float) -
         next(batches)
     for _ in range(repeats):
         for name, (batches, ahead) in sides.items():
-            time.sleep(0.5)  # what is made ahead by now is left out of the count below
+            time.sleep(0.5)  # time to make the batches ahead that are not counted
             rates[name].append(rate(batches, ahead=ahead, batch_size=size, seconds=seconds))
     ours, torch = (statistics.median(rates[name]) for name in sides)
     turns = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]

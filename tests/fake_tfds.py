@@ -1,4 +1,4 @@
-"""Small data sets under the names of TFDS's own, as TFDS would have prepared them."""
+"""Small data sets under the names of TFDS's own, prepared by TFDS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from mmljax.data.readers.in_shop_builder import InShop
 
-FEATURES: dict[str, dict[str, Any]] = {  # beside the image, as TFDS's builders have them
+FEATURES: dict[str, dict[str, Any]] = {  # of TFDS's builders, without the image
     "caltech_birds2011": {
         "image/filename": tfds.features.Text(),
         "label": tfds.features.ClassLabel(num_classes=200),
@@ -38,7 +38,7 @@ def prepare(
     size: int = 4,
     file_format: str = "tfrecord",
 ) -> None:
-    """Write it: grey images, a little noisy, as bright as their class's number modulo 250.
+    """Prepare a data set of noisy grey images, as bright as their class's number modulo 250.
 
     Args:
       builder_name: a key of ``FEATURES``.

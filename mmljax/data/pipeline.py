@@ -43,7 +43,7 @@ import_tensorflow()
 
 _log = logging.getLogger(__name__)
 
-_BUDGET = PixelBudget(2**27)  # about 1.2 GB: a pixel takes 9 bytes while it is decoded and resized
+_BUDGET = PixelBudget(2**27)  # at most 0.8 GB: 6 bytes a pixel, decoded and cropped
 _BATCHES = 2  # made at a time, so that no thread idles while a batch waits for its last image
 
 _Crop = Callable[..., tf.Tensor]  # (contents, numbers, decoded_pixels=most) -> image

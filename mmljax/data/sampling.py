@@ -1,9 +1,9 @@
 """Which images each batch holds, as a pure function of ``(seed, step)``. NumPy only.
 
-A training batch is P x K: P distinct classes, K images of each. Classes are dealt like cards from
-a pack that is reshuffled whenever it is used up, so after any number of steps no class has been
-seen more than once more often than another. An evaluation batch holds the images in their order.
-Nothing is carried from one batch to the next, so a run may start at any step.
+A training batch is P x K: P distinct classes, K images of each. Batches take the classes in turn
+from a permutation, and from a new one when it is used up, so after any number of steps the counts
+of two classes differ by at most one. An evaluation batch holds the images in their order. No state
+is kept between batches, so a run may start at any step.
 
 >>> index = class_index(np.array([0, 0, 1, 1, 1, 2, 2]))
 >>> batch = class_balanced_indices(index, seed=0, step=5, batch_size=4, images_per_class=2)
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from mmljax.errors import UserError
 
-_PACK, _IMAGES, _AUGMENTATION = range(3)  # the independent streams of random numbers of a seed
+_CLASSES, _IMAGES, _AUGMENTATION = range(3)  # the independent streams of random numbers of a seed
 
 
 class ClassIndex(NamedTuple):
@@ -32,7 +32,7 @@ class ClassIndex(NamedTuple):
 
 
 def class_index(labels: Int[np.ndarray, " n"]) -> ClassIndex:
-    """Group images by label; labels that occur in no image are no classes here."""
+    """Group images by label; a label without images is not a class here."""
     _, counts = np.unique(labels, return_counts=True)
     return ClassIndex(
         order=np.argsort(labels, kind="stable").astype(np.int64),
@@ -43,9 +43,9 @@ def class_index(labels: Int[np.ndarray, " n"]) -> ClassIndex:
 def class_balanced_indices(
     index: ClassIndex, *, seed: int, step: int, batch_size: int, images_per_class: int
 ) -> Int[np.ndarray, " b"]:
-    """Images of one P x K training batch, the K of a class side by side.
+    """Images of one P x K training batch, the K images of a class side by side.
 
-    A class with fewer than K images gives each of them as often as the others, within one.
+    A class with fewer than K images repeats them evenly: their counts differ by at most one.
 
     Args:
       index: from ``class_index``.
@@ -64,9 +64,9 @@ def class_balanced_indices(
     classes, chosen = len(index.offsets) - 1, batch_size // images_per_class
     numbers = _generator(seed, _IMAGES, step)
     if 2 * chosen <= classes:
-        drawn = _deal(classes, chosen, seed, step)
-    else:  # deal the classes that sit this batch out: they too then come round equally often
-        absent = _deal(classes, classes - chosen, seed, step)
+        drawn = _draw(classes, chosen, seed, step)
+    else:  # draw the absent classes instead: all are then absent equally often
+        absent = _draw(classes, classes - chosen, seed, step)
         drawn = numbers.permutation(np.delete(np.arange(classes), absent))
     sizes = index.offsets[drawn + 1] - index.offsets[drawn]
     within = _choose(numbers, sizes, images_per_class)
@@ -77,12 +77,12 @@ def check_batch(index: ClassIndex, *, batch_size: int, images_per_class: int) ->
     """Refuse a batch that the classes cannot fill.
 
     Raises:
-      UserError: if ``batch_size`` is no multiple of ``images_per_class``, or if it asks for more
-        classes than there are.
+      UserError: if ``batch_size`` is not a multiple of ``images_per_class``, or needs more classes
+        than there are.
     """
     if images_per_class < 1 or batch_size < 1 or batch_size % images_per_class:
         raise UserError(
-            f"--config.data.batch_size={batch_size} is no multiple of "
+            f"--config.data.batch_size={batch_size} is not a multiple of "
             f"--config.data.images_per_class={images_per_class}; "
             "choose a batch size that is a whole number of classes times the images per class"
         )
@@ -105,7 +105,7 @@ def ordered_indices(images: int, *, batch_size: int, step: int) -> Int[np.ndarra
 def augmentation_numbers(
     count: int, *, seed: int, step: int, batch_size: int
 ) -> Float[np.ndarray, "b count"]:
-    """Uniform numbers in [0, 1) for each position of a batch; all that an augmentation draws."""
+    """Uniform numbers in [0, 1) for each position of a batch, for its random augmentation."""
     return _generator(seed, _AUGMENTATION, step).random((batch_size, count))
 
 
@@ -115,37 +115,38 @@ def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=4)
 def _shuffled(classes: int, seed: int, number: int) -> Int[np.ndarray, " classes"]:
-    order = _generator(seed, _PACK, number).permutation(classes)
+    order = _generator(seed, _CLASSES, number).permutation(classes)
     order.setflags(write=False)
     return order
 
 
 @functools.lru_cache(maxsize=4)
-def _pack(classes: int, count: int, seed: int, number: int) -> Int[np.ndarray, " classes"]:
-    """The pack's order in its ``number``-th use, ``count`` (at most half of it) to a batch.
+def _order(classes: int, count: int, seed: int, number: int) -> Int[np.ndarray, " classes"]:
+    """The ``number``-th permutation of the classes, for batches of at most half of them.
 
-    The batch that straddles two packs must hold no class twice. Its cards from the old pack are
-    the last of the old shuffle, and are moved back in the new one, within its first ``count``
-    cards. That leaves the end of the new pack as it was shuffled, which is what the next one asks.
+    A batch that spans two permutations must hold no class twice. The classes that it takes from
+    the end of the old permutation are moved back in the new one, within its first ``count``. The
+    end of the new permutation stays as it was shuffled, which the next one relies on.
     """
     order = _shuffled(classes, seed, number)
-    straddling = number * classes % max(count, 1)
-    if not straddling:
+    spanned = number * classes % max(count, 1)
+    if not spanned:
         return order
     head = order[:count]
-    taken = np.isin(head, _shuffled(classes, seed, number - 1)[-straddling:])
+    taken = np.isin(head, _shuffled(classes, seed, number - 1)[-spanned:])
     order = np.concatenate([head[~taken], head[taken], order[count:]])
     order.setflags(write=False)
     return order
 
 
-def _deal(classes: int, count: int, seed: int, step: int) -> Int[np.ndarray, " count"]:
+def _draw(classes: int, count: int, seed: int, step: int) -> Int[np.ndarray, " count"]:
+    """The ``count`` classes of a step, in turn from one permutation after another."""
     number, start = divmod(step * count, classes)
-    hand = _pack(classes, count, seed, number)[start : start + count]
-    if len(hand) < count:
-        rest = _pack(classes, count, seed, number + 1)[: count - len(hand)]
-        hand = np.concatenate([hand, rest])
-    return hand
+    drawn = _order(classes, count, seed, number)[start : start + count]
+    if len(drawn) < count:
+        rest = _order(classes, count, seed, number + 1)[: count - len(drawn)]
+        drawn = np.concatenate([drawn, rest])
+    return drawn
 
 
 def _choose(

@@ -1,4 +1,4 @@
-"""Small pictures of a split's images, for people to look at; by Pillow."""
+"""Thumbnails of a split's images for reports, made by Pillow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from mmljax.data import paths as files
 from mmljax.errors import UserError
+from mmljax.text import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def thumbnail(split: Split, row: int, *, side: int) -> Image:
-    """An image of a split in RGB, its longer side ``side`` pixels, or as it is where smaller.
+    """An image of a split in RGB, its longer side ``side`` pixels; smaller ones keep their size.
 
     Args:
       split: of paths, encoded bytes or arrays.
@@ -26,7 +27,7 @@ def thumbnail(split: Split, row: int, *, side: int) -> Image:
       side: pixels.
 
     Raises:
-      UserError: naming an image that cannot be read, is damaged or is far too large.
+      UserError: naming an image that cannot be read, is damaged, or is far too large.
     """
     from PIL import Image
 
@@ -34,7 +35,7 @@ def thumbnail(split: Split, row: int, *, side: int) -> Image:
     too_large = Image.DecompressionBombWarning, Image.DecompressionBombError
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what else is odd in a file that can be shown
+            warnings.simplefilter("ignore")  # of other oddities in a file that can be shown
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _opened(stored) as image:
                 image.draft("RGB", (side, side))  # a JPEG is decoded at about this size
@@ -42,8 +43,7 @@ def thumbnail(split: Split, row: int, *, side: int) -> Image:
                 small.thumbnail((side, side))
     except (OSError, ValueError, SyntaxError, *too_large) as error:
         raise UserError(
-            f"image {split.names[row]} cannot be shown ({' '.join(str(error).split())[:200]}); "
-            "fetch it again"
+            f"image {split.names[row]} cannot be shown ({one_line(error)}); fetch it again"
         ) from None
     return small
 

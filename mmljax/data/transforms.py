@@ -213,8 +213,9 @@ def _rectangle(
         return _decode_other(contents)[top : top + height, left : left + width]
 
     image = tf.switch_case(which, [*(partial(decode, int(ratio)) for ratio in _SCALES), other])
-    raised = tf.cast(image, tf.float32) + 0.5  # the cast to uint8 truncates, so this rounds
-    return tf.cast(_resize(raised, corner, sides, size=size, scale=scale), tf.uint8)
+    # The resize takes uint8: a float32 copy of a large image would take four times its memory.
+    resized = _resize(image, corner, sides, size=size, scale=scale)
+    return tf.cast(resized + 0.5, tf.uint8)  # the cast truncates, so this rounds
 
 
 def _resize(

@@ -543,31 +543,23 @@ class _CountingBudget(limits.PixelBudget):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_large_images_are_decoded_within_the_pixel_budget(files, threads, monkeypatch):
-    """With a small budget all images count as large, or some; the batches are the same."""
-    pngs = files._replace(images=files.images.copy())
+@pytest.mark.parametrize("share", [2_000, 1_000, 0])
+def test_large_images_are_decoded_within_the_pixel_budget(files, threads, share, monkeypatch):
+    """Some images, or all, are above their share of a small budget; the batches are the same."""
     for i, path in enumerate(files.images):
         Path(path).write_bytes(_png(_picture(30 + i, 61 - i, i)))
     pixels = [(30 + i) * (61 - i) for i in range(len(LABELS))]  # 1,830 to 2,070
-    expected = _train(pngs, threads=threads), _eval(pngs, threads=threads)
-    for limit, share in ((2 * max(pixels), 0), (4_200, 0), (1, 0), (4 * 2_000, 2_000)):
-        budget = _CountingBudget(limit)
-        monkeypatch.setattr(pipeline, "_BUDGET", budget)
-        if share and threads > 1:
-            continue
-        _assert_equal(_train(pngs, threads=threads), expected[0])
-        budget.taken_pixels.clear()
-        _assert_equal(_eval(pngs, threads=threads), expected[1])
-        large = [p for p in pixels if p > limit // (2 * threads)]
-        assert sorted(budget.taken_pixels) == sorted(large)
-        assert len(large) > 0
-        assert budget.most <= limit
-        assert (len(large) < len(pixels)) == bool(share)
-        assert decodable_names(pngs, threads) == files.names.tolist()
-
-
-def decodable_names(split, threads):
-    return split.names[pipeline.decodable(split, _config(threads=threads))].tolist()
+    expected = _train(files, threads=threads), _eval(files, threads=threads)
+    budget = _CountingBudget(2 * threads * share + 1)
+    monkeypatch.setattr(pipeline, "_BUDGET", budget)
+    _assert_equal(_train(files, threads=threads), expected[0])
+    budget.taken_pixels.clear()
+    _assert_equal(_eval(files, threads=threads), expected[1])
+    large = [count for count in pixels if count > share]
+    assert sorted(budget.taken_pixels) == sorted(large)
+    assert 0 < budget.most <= budget.limit
+    assert (len(large) < len(pixels)) == (share == 2_000)
+    assert pipeline.decodable(files, _config(threads=threads)).all()
 
 
 def test_a_large_jpeg_counts_by_the_pixels_that_are_decoded(files, monkeypatch):

@@ -23,7 +23,7 @@ def _labels(classes: int, rng: np.random.Generator, fewest: int = 4) -> np.ndarr
     ("classes", "chosen"),
     [(7, 1), (7, 2), (7, 3), (7, 4), (7, 6), (7, 7), (10, 5), (11, 5), (41, 32), (100, 45)],
 )
-def test_classes_are_dealt_evenly(classes, chosen):
+def test_classes_are_drawn_evenly(classes, chosen):
     labels = _labels(classes, np.random.default_rng(0))
     index = sampling.class_index(labels)
     seen = dict.fromkeys(labels.tolist(), 0)
@@ -53,7 +53,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
         )
 
     forward = [batch(3, step) for step in range(40)]
-    for cached in (sampling._pack, sampling._shuffled):
+    for cached in (sampling._order, sampling._shuffled):
         cached.cache_clear()
     assert [batch(3, step) for step in reversed(range(40))] == forward[::-1]
     assert len(set(forward)) == 40
@@ -86,7 +86,7 @@ def test_a_small_class_repeats_its_images_evenly(size):
         assert len(set(batch[labels[batch] > 0].tolist())) == 14
 
 
-def test_mistakes_are_explained():
+def test_batches_that_the_classes_cannot_fill():
     index = sampling.class_index(np.repeat(np.arange(6), 5))
     with pytest.raises(UserError, match=r"asks for 7 classes.* has 6; .* at most 24"):
         sampling.class_balanced_indices(index, seed=0, step=0, batch_size=28, images_per_class=4)

@@ -110,7 +110,7 @@ def synthetic_images(
 
     Returns:
       Photographs of the training items and then of the test items; the items ``[n]``; the
-      circumstances of each photograph, ``[n views]`` flattened.
+      parameters of each photograph, ``[n views]`` flattened.
     """
     random = np.random.default_rng(config.seed)
     items = config.train_items + config.test_items

@@ -1,8 +1,8 @@
 """The pixels of photographed garments, drawn with NumPy for a whole block of images at once.
 
-Every outline is a map of distances (negative inside, about exact near the edge), so a shape is
-painted with edges that are smooth to a pixel at any scale. Maps are ``[n h w]``; images, until
-they are done, ``[n 3 h w]``.
+Every outline is a map of signed distances (negative inside, nearly exact at the edge), so edges are
+smooth within a pixel at any scale. Maps are ``[n h w]``; images ``[n 3 h w]`` until they are
+finished.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SHOULDER = -0.78
 def draw(
     garments: Garments, photos: Photos, random: np.random.Generator, *, size: int
 ) -> UInt8[np.ndarray, "n size size 3"]:
-    """One photograph per row, edges smooth to about a pixel.
+    """One photograph per row, with edges smooth within about a pixel.
 
     Args:
       garments: the item in each photograph.
-      photos: its circumstances.
+      photos: the parameters of the photograph.
       random: for the sensor's noise.
       size: side of the images, pixels.
     """
@@ -54,7 +54,7 @@ def draw(
 def _to_figure(
     across: Maps, down: Maps, garments: Garments, photos: Photos, *, size: int
 ) -> tuple[Maps, Maps, Maps]:
-    """Each pixel's place on the figure, and the size of a pixel there."""
+    """The position of each pixel on the figure, and the size of a pixel there."""
     half = np.maximum((garments.hem - garments.top) / 2, 0.45) * photos.zoom
     across = across + _each(photos.shift[:, 0])
     down = down + _each(photos.shift[:, 1])
@@ -95,7 +95,7 @@ def _cloth(x: Maps, y: Maps, garments: Garments, photos: Photos) -> tuple[Maps, 
 
 
 def _neckline(side: Maps, depth: Maps, garments: Garments) -> Maps:
-    """Positive inside the hole for the neck, about a distance."""
+    """About the distance from the edge of the neckline, positive inside the opening."""
     deep = np.maximum(_each(garments.neck), 0.01)
     wide = 0.11 + 0.3 * deep
     pointed = 1 - np.maximum(depth, 0) / deep - side / wide
@@ -107,7 +107,7 @@ def _neckline(side: Maps, depth: Maps, garments: Garments) -> Maps:
 def _limb(
     x: Maps, y: Maps, start_x: Rows, start_y: Rows, angles: Float[np.ndarray, "n 2"]
 ) -> tuple[Maps, Maps]:
-    """How far along the arm of its side a pixel lies, and how far off the arm's axis."""
+    """The distance of each pixel along the arm of its side, and from the axis of the arm."""
     angle = np.where(x < 0, _each(angles[:, 0]), _each(angles[:, 1]))
     sine, cosine = np.sin(angle), np.cos(angle)
     right, under = np.abs(x) - _each(start_x), y - _each(start_y)
@@ -115,7 +115,7 @@ def _limb(
 
 
 def _figure(x: Maps, y: Maps, garments: Garments, photos: Photos) -> tuple[Maps, Maps]:
-    """Distances from the figure's skin and from what it wears besides the item."""
+    """Distances from the figure's skin and from its other clothes."""
     side = np.abs(x)
     head = (np.hypot(x / 0.13, (y - SHOULDER + 0.24) / 0.17) - 1) * 0.13
     neck = np.maximum(side - 0.07, np.abs(y - SHOULDER + 0.06) - 0.12)
@@ -215,10 +215,10 @@ def _step(value: Maps, slope: Maps | float) -> Maps:
 
 
 def _each(rows: Shaped[np.ndarray, " n"]) -> Shaped[np.ndarray, "n 1 1"]:
-    """One value per image, ready to meet maps of pixels."""
+    """One value per image, shaped to broadcast over maps of pixels."""
     return rows[:, None, None]
 
 
 def _rgb(colors: Colors) -> Images:
-    """One colour per image, ready to meet images."""
+    """One colour per image, shaped to broadcast over images."""
     return colors[:, :, None, None]

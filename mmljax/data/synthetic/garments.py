@@ -1,7 +1,7 @@
-"""Random garments and random photographs of them, as numbers that ``drawing`` turns into pixels.
+"""Random garments and random photographs of them, as parameters that ``drawing`` draws.
 
-An item (``Garments``) is a cut, a fabric and a print. A photograph (``Photos``) is a pose, a
-framing, a light, a background and what hides a part. All arrays have one row per item or
+An item (``Garments``) has a cut, a fabric and a print. A photograph (``Photos``) has a pose, a
+framing, a light, a background and an occluding shape. All arrays have one row per item or
 photograph. Lengths are in units of the figure: ``x`` to the right from the body's axis, ``y``
 downwards, shoulders at -0.78, hips near 0.1; angles are in radians; colours are RGB from 0 to 1.
 """
@@ -73,7 +73,7 @@ PALETTE = np.array([
 
 
 class Garments(NamedTuple):
-    """What makes an item: the same in each of its photographs."""
+    """Parameters of an item, the same in each of its photographs."""
 
     kind: Int[np.ndarray, " n"]  # position in CUTS
     top: Rows
@@ -101,7 +101,7 @@ class Garments(NamedTuple):
 
 
 class Photos(NamedTuple):
-    """What makes a photograph: independent of the item."""
+    """Parameters of a photograph, independent of the item."""
 
     worn: Bool[np.ndarray, " n"]  # by a figure, or lying alone
     arms: Float[np.ndarray, "n 2"]  # angle of each arm from the vertical
@@ -127,7 +127,7 @@ class Photos(NamedTuple):
 
 
 def make_garments(random: np.random.Generator, count: int) -> Garments:
-    """Draw ``count`` items of all categories in turn; colours and patterns recur among them."""
+    """Parameters of ``count`` random items, of all categories in turn; some share colours."""
     kind = random.permutation(np.arange(count) % len(CUTS))
     cuts = np.array([cut[:7] for cut in CUTS.values()], np.float32)[kind]  # [n parameters 2]
     low, high = cuts[..., 0], cuts[..., 1]
@@ -166,7 +166,7 @@ def make_garments(random: np.random.Generator, count: int) -> Garments:
 
 
 def make_photos(random: np.random.Generator, count: int) -> Photos:
-    """Draw the circumstances of ``count`` photographs."""
+    """Parameters of ``count`` random photographs."""
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
         return _floats(random.uniform(low, high, (count, *shape)))
