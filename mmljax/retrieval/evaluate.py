@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -29,6 +28,9 @@ from mmljax.retrieval.checks import (
 from mmljax.retrieval.diagnostics import clustering_scores, embedding_density, spectral_decay
 from mmljax.retrieval.search import PositiveRanks, neighbors_and_ranks, renumbered
 from mmljax.types import Batch, Params, Values
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 NEIGHBORS = 10
 """How many of a query's nearest gallery images a result keeps."""
@@ -62,6 +64,7 @@ class Retrieval(NamedTuple):
 
 def make_embed(graphdef: nnx.GraphDef) -> Embed:
     """A jitted ``(network, model_state, images) -> embeddings`` in evaluation mode."""
+    from flax import nnx  # here, as mmljax.metrics does without it
 
     @jax.jit
     def embed(network: Params, model_state: Params, images: Array) -> Array:

@@ -179,10 +179,15 @@ def test_neighbors_and_ranks_are_those_of_the_single_searches_bit_for_bit() -> N
     neighbors = retrieval.nearest_neighbors(*arrays[:2], k=7, **options)
     ranks = retrieval.positive_ranks(*arrays, **options)
     assert np.sum(ranks.tied) > 10
+    counted = np.asarray(ranks.relevant) > 0
+    assert 0 < np.sum(~counted) < 10
     for devices in (1, 3, 8):
-        both = retrieval.neighbors_and_ranks(*arrays, k=7, mesh=mesh_of(devices), **options)
-        for got, expected in zip(jax.tree.leaves(both), [*neighbors, *ranks], strict=True):
+        found, both = retrieval.neighbors_and_ranks(*arrays, k=7, mesh=mesh_of(devices), **options)
+        for got, expected in zip(found, neighbors, strict=True):
             np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(both.relevant, ranks.relevant)
+        for got, expected in zip(both, ranks, strict=True):
+            np.testing.assert_array_equal(got[counted], expected[counted])
 
 
 def test_neighbors_and_ranks_come_from_one_product() -> None:
