@@ -96,8 +96,8 @@ class ModelConfig:
 
     backbone: str = "resnet50"  # a key of models.backbones.BACKBONES
     width: Count = 64  # channels of a ResNet's first stage, of a ViT's heads; published: 64
-    pretrained: str = ""  # a file of weights, or hf:OWNER/NAME@COMMIT; "" for random ones
-    pixel_norm: str = "imagenet"  # a key of models.embedder.PIXEL_NORMS, as the weights ask for
+    pretrained: str = ""  # a file, efficientnet_lite0/1/2, hf:OWNER/NAME@COMMIT; "": random ones
+    pixel_norm: str = "auto"  # a key of models.embedder.PIXEL_NORMS, or auto: as the weights ask
     embedding_size: Count = 512
     pooling: str = "average+max"  # of a ResNet: average, max, average+max; of a ViT: token, average
     layer_norm: str = "before"  # none, before (the projection), after

@@ -1,4 +1,4 @@
-"""The backbones by name."""
+"""The table of backbones by name, and their construction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedder: pixels to unit vectors through a backbone, a pooling and a projection."""
+"""The embedder: a backbone, a pooling and a projection from pixels to unit vectors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from mmljax.config import ModelConfig, choose
 from mmljax.errors import UserError
 from mmljax.models.backbones import Backbone, make_backbone
+from mmljax.models.weight_files import PACKAGED_WEIGHTS
 from mmljax.numerics import l2_normalize
 
 
@@ -40,21 +41,27 @@ POOLINGS: Mapping[str, Mapping[str, Callable[[Array], Array]]] = {
     "map": {"average": _average, "max": _maximum, "average+max": _average_and_maximum},
     "tokens": {"token": _token, "average": _average_of_patches},
 }
-"""By what the backbone gives. timm averages the patches before the last layer norm, this after."""
+"""By the backbone's ``output``.
+
+timm averages the patches before the last layer norm; here it is after.
+"""
 
 PIXEL_NORMS = {  # mean and deviation of pixels in [0, 1], red, green and blue
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    # (pixel - 127) / 128, as the published EfficientNet-Lite networks were trained
+    "efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
+AUTO = "auto"
 LAYER_NORMS = {name: name for name in ("none", "before", "after")}
 BATCH_NORMS = {"global": False, "frozen": True}
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
 class Head(nnx.Module):
-    """Pooling, projection and unit length, with a layer norm without parameters if asked.
+    """Pooling, projection and unit length, with an optional layer norm without parameters.
 
-    Computes in float32 whatever the features' dtype (in float64 for float64). ``output`` is the
+    Computes in float32 for any dtype of the features (in float64 for float64). ``output`` is the
     backbone's.
     """
 
@@ -73,7 +80,7 @@ class Head(nnx.Module):
         self.projection = nnx.Linear(features, size, precision="highest", rngs=rngs)
 
     def __call__(self, x: Float[Array, "b *n f"]) -> Float[Array, "b d"]:
-        """Unit vectors of a feature map or of tokens."""
+        """Return unit vectors of a feature map or of tokens."""
         x = self.pool(x.astype(_at_least_float32(x.dtype)))
         if self.layer_norm == "before":
             x = jax.nn.standardize(x)
@@ -84,7 +91,7 @@ class Head(nnx.Module):
 
 
 class Embedder(nnx.Module):
-    """``backbone`` and ``head``: optimiser groups are told by these names."""
+    """``backbone`` and ``head``, the names by which optimiser groups are selected."""
 
     def __init__(
         self,
@@ -98,18 +105,18 @@ class Embedder(nnx.Module):
         self.backbone = backbone
         self.head = head
         self.frozen_batch_norm = frozen_batch_norm
-        self.pixel_norm = choose(PIXEL_NORMS, pixel_norm, key="config.model.pixel_norm")
+        self.pixel_norm = PIXEL_NORMS[pixel_norm]
         self.dtype = dtype
 
     def __call__(
         self, images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"], *, train: bool
     ) -> Float[Array, "b d"]:
-        """Unit vectors of images.
+        """Return unit vectors of images.
 
         Args:
           images: pixels from 0 to 255; three channels are red, green and blue.
-          train: whether BatchNorm uses the global batch's statistics and moves its running ones,
-            which needs a ``shard_map`` over the mesh axis ``data``; of no effect if it is frozen.
+          train: whether BatchNorm uses the global batch's statistics and updates its running ones,
+            which needs a ``shard_map`` over the mesh axis ``data``; without effect if it is frozen.
         """
         dtype = _at_least_float32(self.dtype)
         x = normalize_pixels(images, norm=self.pixel_norm, dtype=dtype)
@@ -119,8 +126,8 @@ class Embedder(nnx.Module):
 def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embedder:
     """Build the embedder that a config describes.
 
-    Parameters and BatchNorm's statistics are float32 (float64 if that is the compute dtype). No
-    random state stays in the network.
+    Parameters and BatchNorm's statistics are float32 (float64 if that is the compute dtype). The
+    network keeps no random state.
 
     Args:
       config: of the model.
@@ -129,7 +136,8 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
 
     Raises:
       UserError: on an unknown backbone, pooling, layer norm, batch norm, pixel norm or compute
-        dtype, or a pooling that does not fit the backbone.
+        dtype, a pooling that does not fit the backbone, or a pixel norm that does not fit the
+        weights.
     """
     dtype = choose(COMPUTE_DTYPES, config.compute_dtype, key="config.model.compute_dtype")
     frozen = choose(BATCH_NORMS, config.batch_norm, key="config.model.batch_norm")
@@ -155,12 +163,36 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         backbone,
         head,
         frozen_batch_norm=frozen,
-        pixel_norm=config.pixel_norm,
+        pixel_norm=choose_pixel_norm(config.pixel_norm, pretrained=config.pretrained),
         dtype=dtype,
     )
     kind = _at_least_float32(dtype)
     nnx.update(model, jax.tree.map(lambda x: x.astype(kind), nnx.state(model)))
     return model
+
+
+def choose_pixel_norm(name: str, *, pretrained: str) -> str:
+    """Return the key of ``PIXEL_NORMS`` for a config.
+
+    Args:
+      name: a key of ``PIXEL_NORMS``; or ``auto`` for that of the weights where they are a package,
+        and ``imagenet`` otherwise.
+      pretrained: ``config.model.pretrained``.
+
+    Raises:
+      UserError: if the name is unknown, or is not that of the packaged weights.
+    """
+    packaged = PACKAGED_WEIGHTS.get(pretrained)
+    own = packaged.pixel_norm if packaged else None
+    if name == AUTO:
+        return own or "imagenet"
+    choose({**PIXEL_NORMS, AUTO: None}, name, key="config.model.pixel_norm")
+    if own and name != own:
+        raise UserError(
+            f"--config.model.pixel_norm={name!r} does not fit --config.model.pretrained="
+            f"{pretrained!r}, which was trained with {own!r}; use {AUTO!r}"
+        )
+    return name
 
 
 def normalize_pixels(
@@ -169,12 +201,12 @@ def normalize_pixels(
     norm: tuple[tuple[float, ...], tuple[float, ...]],
     dtype: DTypeLike,
 ) -> Float[Array, "b h w c"]:
-    """Pixels from 0 to 255, standardised.
+    """Return pixels from 0 to 255, standardised.
 
     Args:
       images: the pixels.
-      norm: mean and deviation of three channels in [0, 1], a value of ``PIXEL_NORMS``; any other
-        number of channels goes to the range from -1 to 1.
+      norm: mean and deviation of three channels in [0, 1], a value of ``PIXEL_NORMS``; with any
+        other number of channels, pixels are mapped to the range from -1 to 1.
       dtype: of the result.
     """
     mean, deviation = norm if images.shape[-1] == 3 else (0.5, 0.5)

@@ -1,7 +1,7 @@
-"""Trained weights into a backbone: tables from other libraries' names to ours.
+"""Load trained weights into a backbone: tables from other libraries' names to ours.
 
-A row is a module of theirs, the module of ours, and its kind, which says what becomes of each of
-its arrays. ``{b}`` stands for any number, ``{b+1}`` for the next one.
+A row is a module of theirs, the module of ours, and its kind, which says how each of its arrays is
+renamed and transposed. ``{b}`` stands for any number, ``{b+1}`` for the next one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mmljax.errors import UserError
 from mmljax.models.backbones import Backbone
 from mmljax.models.weight_files import locate, read_weights
 
-# Kinds. Their ending: our ending, and the axes of theirs in our order (None: as they are).
+# A kind maps their ending to our ending and to the axes of their array in our order (None: equal).
 Kind = Mapping[str, tuple[str, tuple[int, ...] | None]]
 
 ARRAY: Kind = {"": ("", None)}
 CONV: Kind = {".weight": (".kernel", (2, 3, 1, 0)), ".bias": (".bias", None)}
 LINEAR: Kind = {".weight": (".kernel", (1, 0)), ".bias": (".bias", None)}
 PACKED: Kind = {"_weight": (".kernel", (1, 0)), "_bias": (".bias", None)}
-# Ours has the three side by side in its last axis.
+# Ours is one array with the three parts side by side in its last axis.
 QUERY: Kind = {".weight": (".kernel#0", (1, 0)), ".bias": (".bias#0", None)}
 KEY: Kind = {".weight": (".kernel#1", (1, 0)), ".bias": (".bias#1", None)}
 VALUE: Kind = {".weight": (".kernel#2", (1, 0)), ".bias": (".bias#2", None)}
@@ -84,7 +84,7 @@ VIT_TORCHVISION: Rows = (
     ("encoder.layers.encoder_layer_{b}.ln_2", "blocks.{b}.norm2", NORM),
     ("encoder.layers.encoder_layer_{b}.mlp.0", "blocks.{b}.mlp.fc1", LINEAR),
     ("encoder.layers.encoder_layer_{b}.mlp.3", "blocks.{b}.mlp.fc2", LINEAR),
-    # The published files are of the time when the two layers were called so.
+    # The names of the two layers in the published files, which are older.
     ("encoder.layers.encoder_layer_{b}.mlp.linear_{i}", "blocks.{b}.mlp.fc{i}", LINEAR),
     ("encoder.ln", "norm", NORM),
 )
@@ -163,15 +163,15 @@ SHOWN = 5  # names of each sort in an error
 
 
 def load_pretrained(backbone: Backbone, source: str) -> None:
-    """Put a file's weights in place of a backbone's, BatchNorm's statistics included.
+    """Replace a backbone's weights by those of a file, BatchNorm's statistics included.
 
     Args:
       backbone: whose parameters are replaced, in their own dtype.
-      source: a file or a commit on the Hugging Face hub; see ``weight_files.locate``.
+      source: a file, a package or a commit on the Hugging Face hub; see ``weight_files.locate``.
 
     Raises:
-      UserError: if the file is missing or cannot be read safely, or is not exactly of this
-        backbone.
+      UserError: if the file is missing or cannot be read safely, or does not hold exactly the
+        arrays of this backbone.
     """
     weights = read_weights(locate(source))
     flat = nnx.to_flat_state(nnx.state(backbone))
@@ -189,14 +189,14 @@ def convert(
 
     Args:
       weights: the file's arrays by their names.
-      shapes: what is wanted, by our names: the path in the backbone with dots.
+      shapes: of the backbone's arrays by their names: the path in the backbone with dots.
       source: the file, for the error.
 
     Returns:
       An array of the right shape for each of ``shapes``.
 
     Raises:
-      UserError: if the layout is none of ours, a name is unexpected or missing, or a shape differs.
+      UserError: if the layout is unknown, a name is unexpected or missing, or a shape differs.
     """
     layout = next((x for x in LAYOUTS if {x.marker, x.prefix + x.marker} & set(weights)), None)
     if layout is None:
@@ -235,7 +235,7 @@ Rule = tuple[re.Pattern[str], str, tuple[int, ...] | None]
 
 
 def _rules(rows: Rows) -> list[Rule]:
-    """Patterns of whole names, from a table's rows and their kinds."""
+    """Return patterns of whole names, from a table's rows and their kinds."""
     rules = []
     for theirs, ours, kind in rows:
         for ending, (our_ending, axes) in kind.items():
@@ -247,7 +247,7 @@ def _rules(rows: Rows) -> list[Rule]:
 def _rename(
     name: str, rules: Iterable[Rule]
 ) -> tuple[tuple[str, str, str], tuple[int, ...] | None]:
-    """Our name, ``#`` and the part; all empty where no rule holds."""
+    """Return our name, ``#`` and the part, and the axes; empty where no rule matches."""
     for pattern, ours, axes in rules:
         if match := pattern.fullmatch(name):
             numbers: dict[str, int] = {}
@@ -263,7 +263,7 @@ def _join(parts: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _list(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -1,6 +1,6 @@
 """Vision transformers: ViT-S/16 and ViT-B/16 (Dosovitskiy et al. 2020, 2010.11929).
 
-Modules bear timm's names (``patch_embed``, ``blocks.0.attn.qkv``, ``norm``, ...).
+Modules have timm's names (``patch_embed``, ``blocks.0.attn.qkv``, ``norm``, ...).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mmljax.errors import UserError
+from mmljax.models.convolution import conv
 
 PATCH = 16  # pixels, the side of a patch
 GRID = 14  # patches along a side of the image for which position embeddings are kept: 224 pixels
 
 
 class Attention(nnx.Module):
-    """Self-attention with several heads; one projection gives queries, keys and values."""
+    """Self-attention with several heads; one projection computes queries, keys and values."""
 
     def __init__(self, size: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = heads
@@ -29,7 +30,7 @@ class Attention(nnx.Module):
         self.proj = _linear(size, size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
-        """Weights of the values are a softmax in float32 (at least)."""
+        """The softmax is computed in float32 (at least)."""
         b, n, size = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.heads, size // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
@@ -48,7 +49,7 @@ class Mlp(nnx.Module):
         self.fc2 = _linear(4 * size, size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
-        """Each token by itself."""
+        """Transform each token separately."""
         return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
@@ -62,13 +63,13 @@ class Block(nnx.Module):
         self.mlp = Mlp(size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
-        """Sum of the input, attention's part and the MLP's part."""
+        """Return the sum of the input, the attention's output and the MLP's output."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nnx.Module):
-    """Patches of 16 x 16 pixels and a class token through ``depth`` blocks and a layer norm.
+    """Patches of 16 x 16 pixels and a class token, ``depth`` blocks and a layer norm.
 
     Position embeddings are those of a 224 px image; for any other size they are resampled in the
     forward pass, by a bicubic filter with antialiasing (a = -0.5): timm's numbers, though timm
@@ -102,12 +103,12 @@ class VisionTransformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool
     ) -> Float[Array, "b n features"]:
-        """Tokens: the class token, then the patches by rows; float32 (at least).
+        """Return the class token, then the patches by rows, in float32 (at least).
 
         Training and evaluation are the same.
 
         Raises:
-          UserError: if the image is no multiple of 16 pixels high and wide.
+          UserError: if the image's height or width is not a multiple of 16 pixels.
         """
         del train
         if x.shape[1] % PATCH or x.shape[2] % PATCH:
@@ -115,7 +116,7 @@ class VisionTransformer(nnx.Module):
                 f"--config.data.image_size: a ViT takes multiples of {PATCH} pixels, "
                 f"found an image of {x.shape[1]} x {x.shape[2]}"
             )
-        x = self.patch_embed(x)
+        x = self._embed_patches(x)
         b, rows, columns, size = x.shape
         first = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (b, 1, size))
         x = jnp.concatenate([first, x.reshape(b, rows * columns, size)], axis=1)
@@ -124,11 +125,17 @@ class VisionTransformer(nnx.Module):
             x = block(x)
         return self.norm(x)
 
+    def _embed_patches(self, x: Array) -> Array:
+        kernel, bias = self.patch_embed.kernel[...], self.patch_embed.bias[...]
+        dtype = self.patch_embed.dtype
+        y = conv(x.astype(dtype), kernel.astype(dtype), strides=PATCH)
+        return y + bias.astype(dtype)
+
 
 def resample_positions(
     positions: Float[Array, "1 m f"], rows: int, columns: int
 ) -> Float[Array, "1 n f"]:
-    """Position embeddings of the class token and of a grid of another size.
+    """Return position embeddings of the class token and of a grid of another size.
 
     Args:
       positions: of the class token and of ``GRID * GRID`` patches by rows.

