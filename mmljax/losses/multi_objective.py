@@ -163,16 +163,14 @@ class MultiObjective:
         )
         return {"proxies": proxies / np.sqrt(self.dimension), "weights": weights}, state
 
-    def partition_specs(self, axis_name: str) -> tuple[dict[str, PartitionSpec], Any]:
+    def partition_specs(self, axis_name: str) -> tuple[dict[str, PartitionSpec], ObjectiveState]:
         """The layout of params and state over a mesh axis, as ``jax.shard_map`` takes it.
 
         Proxies and memory are split by rows; the rest is replicated.
         """
         rows, whole = PartitionSpec(axis_name), PartitionSpec()
         memory = {"vectors": rows, "labels": rows, "next": whole} if self.memory_size else {}
-        fields: Any = (whole, whole, whole, memory)  # specs in place of arrays
-        state = ObjectiveState(*fields)
-        return {"proxies": rows, "weights": whole}, state
+        return {"proxies": rows, "weights": whole}, ObjectiveState(whole, whole, whole, memory)
 
     def __call__(
         self,
