@@ -10,8 +10,8 @@ exit code  meaning
 0          success
 1          an exported network does not pass its check
 2          wrong arguments, config or files; a failed check of ``doctor``
-75         training was asked to stop (SIGTERM) and has saved a checkpoint
-130        interrupted (Ctrl-C)
+75         training received SIGTERM and has saved a checkpoint
+130        interrupted (Ctrl-C); training has saved a checkpoint
 =========  ===============================================================
 """
 

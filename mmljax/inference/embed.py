@@ -102,7 +102,7 @@ def embed_images(
     except UserError as error:
         if not skip_corrupt:
             raise UserError(f"{error}; --skip-corrupt leaves out such images") from error
-        from mmljax.data.pipeline import decodable  # TensorFlow
+        from mmljax.data.pipeline import decodable  # needs TensorFlow
 
         kept = decodable(split, trained.config.data)
         if kept.all():

@@ -163,14 +163,16 @@ class MultiObjective:
         )
         return {"proxies": proxies / np.sqrt(self.dimension), "weights": weights}, state
 
-    def partition_specs(self, axis_name: str) -> tuple[dict[str, PartitionSpec], ObjectiveState]:
+    def partition_specs(self, axis_name: str) -> tuple[dict[str, PartitionSpec], Any]:
         """The layout of params and state over a mesh axis, as ``jax.shard_map`` takes it.
 
         Proxies and memory are split by rows; the rest is replicated.
         """
         rows, whole = PartitionSpec(axis_name), PartitionSpec()
         memory = {"vectors": rows, "labels": rows, "next": whole} if self.memory_size else {}
-        return {"proxies": rows, "weights": whole}, ObjectiveState(whole, whole, whole, memory)
+        fields: Any = (whole, whole, whole, memory)  # specs in place of arrays
+        state = ObjectiveState(*fields)
+        return {"proxies": rows, "weights": whole}, state
 
     def __call__(
         self,

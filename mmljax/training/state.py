@@ -36,8 +36,8 @@ def make_model(
     model = make_embedder(config, channels=channels, rngs=rngs)
     if pretrained and config.pretrained:
         load_pretrained(model.backbone, config.pretrained)
-    graphdef, network, statistics = nnx.split(model, nnx.Param, ...)
-    return graphdef, nnx.to_pure_dict(network), nnx.to_pure_dict(statistics)
+    graphdef, network, *rest = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(network), nnx.to_pure_dict(rest[0])
 
 
 def make_state(

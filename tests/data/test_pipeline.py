@@ -305,9 +305,7 @@ def test_a_cut_image_counts_as_corrupt_only_where_its_crop_needs_the_rest(files)
 
 def test_a_class_without_any_sound_image_stops_the_training(files):
     _spoil(files, *range(12, 18))
-    with pytest.raises(
-        UserError, match=r"cannot be decoded: .*; no other image of its class can"
-    ):
+    with pytest.raises(UserError, match=r"cannot be decoded: .*; no other image of its class can"):
         _train(files, steps=range(12), corrupt="skip")
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, torn, moved to other devices or out of disk go on."""
+"""Runs resume after SIGKILL, SIGTERM, SIGINT, damage, other device counts and a full disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import small_runs
-from mmljax.errors import Preempted
+from mmljax.training.preemption import SIGNALS
 
 pytestmark = pytest.mark.slow
 
@@ -49,13 +49,20 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def stop(config: Path, workdir: Path, *, after: int, **changes: str) -> str:
-    """Run until a step, ask to stop, and return what was said."""
+def stop(
+    config: Path,
+    workdir: Path,
+    *,
+    after: int,
+    number: signal.Signals = signal.SIGTERM,
+    **changes: str,
+) -> str:
+    """Run until a step, send a signal, and return the standard error."""
     process = start(config, workdir, **changes)
     wait_for(process, lambda: trained(workdir) >= after)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said = process.communicate(timeout=200)[1]
-    assert process.returncode == Preempted.EXIT_CODE, said
+    assert process.returncode == SIGNALS[number], said
     return said
 
 
@@ -124,11 +131,16 @@ def test_killed_twenty_times(config: Path, whole: Path, tmp_path: Path) -> None:
     assert_same_run(whole, workdir)
 
 
-def test_asked_to_stop(config: Path, whole: Path, tmp_path: Path) -> None:
-    workdir = tmp_path / "asked"
-    said = stop(config, workdir, after=7)
-    assert "saved at step" in said
-    assert "the same command goes on" in said
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(
+    number: signal.Signals, config: Path, whole: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "stopped"
+    said = stop(config, workdir, after=7, number=number)
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert "saved at step" in last
+    assert "the same command resumes the run" in last
     assert int(last_step(workdir).name) >= 7
     assert small_runs.run(config, workdir).returncode == 0
     assert_same_run(whole, workdir)
