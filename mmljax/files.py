@@ -59,7 +59,7 @@ def acquire_lock(path: Path) -> IO[str]:
       OSError: if the file cannot be made.
     """
     while True:
-        file = path.open("a+")
+        file = path.open("a+", errors="replace")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

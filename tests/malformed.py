@@ -272,27 +272,18 @@ def broken_image(random: Random) -> bytes:
 
 
 def _small_data() -> Any:
-    from mmljax.config import DataConfig, SyntheticConfig
+    from mmljax.config import DataConfig
 
     return DataConfig(
-        source="in_shop",
-        directory="",
         check_counts=False,
-        test_share=0.5,
         corrupt="skip",
         image_size=8,
         resize_size=8,
-        crop_scale=(0.5, 1.0),
-        crop_ratio=(0.75, 1.33),
-        flip=True,
-        rotate=0.0,
-        shear=0.0,
         batch_size=4,
         images_per_class=2,
         eval_batch_size=2,
         threads=1,
         prefetch=1,
-        synthetic=SyntheticConfig(2, 2, 2, 8, 0),
     )
 
 
@@ -496,13 +487,11 @@ def config_values(random: Random, folder: Path, *, plain: dict[str, Any]) -> Att
     kind = int(random.integers(7))
     if kind == 0:
         section[name + pick(random, ["s", "_", " ", "\0"])] = section[name]
-    elif kind == 1:
-        del section[name]
-    elif kind == 2:
+    elif kind < 3:
         section[name] = pick(random, [None, {}, {"a": 1}, object(), [[1]], b"1"])
     elif kind == 3:
         key = pick(random, _NESTED)
-        config[key] = pick(random, [None, 3, "text", [], {}, {"a": {}}])
+        config[key] = pick(random, [None, 3, "text", [], {"a": {}}])
     elif kind == 4:
         numbers = (np.nan, np.inf, -np.inf, -1.0, -(2.0**80))
         key = pick(random, ["clip_norm", "epsilon", "b1", "b2", "step_factor"])
@@ -565,7 +554,7 @@ def run_metrics(random: Random, folder: Path, *, plain: dict[str, Any]) -> Attem
 
 def run_records(random: Random, folder: Path) -> Attempt:
     """The ``queries.npz`` of one of two runs that are compared."""
-    from mmljax.cli.compare import compare
+    from mmljax.retrieval.compare import compare
     from mmljax.retrieval.records import read_records
 
     def arrays() -> dict[str, Any]:

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from mmljax.cli import options as shared
-from mmljax.errors import require
 from mmljax.text import printable
 
 
@@ -27,11 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page of the run that the options name."""
-    for module in ("jinja2", "PIL", "matplotlib", "pandas"):
-        require(module, extra="page", purpose="mmljax page")
-    from mmljax.runs.html import write_page
+    from mmljax.runs.html import check_packages, write_page
     from mmljax.runs.reader import load_run_data
 
+    check_packages()
     config, dataset = load_run_data(options.run, directory=options.directory)
     path = write_page(
         options.run, dataset=dataset, config=config, output=options.output, worst=options.worst

@@ -9,16 +9,17 @@ A run then reads the large files: --config.data.source=tfds_in_shop
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mmljax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax prepare``."""
-    parser.add_argument("folder", metavar="FOLDER", help="of the download: holds Img/ and Eval/")
     parser.add_argument(
-        "output", metavar="OUTPUT", help="folder to write: --config.data.directory of a run"
+        "manual_dir", metavar="MANUAL_DIR", help="folder of the download, with Img/ and Eval/"
+    )
+    parser.add_argument(
+        "data_dir", metavar="DATA_DIR", help="folder to write: --config.data.directory of a run"
     )
     parser.add_argument(
         "--variant",
@@ -41,22 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prepare the data set."""
-    if Path(options.output).exists() and not Path(options.output).is_dir():
-        raise UserError(f"OUTPUT={options.output} is a file; name a folder")
     try:
         from mmljax.data.readers import in_shop_builder as in_shop
     except ImportError as error:
         raise UserError(
             f"mmljax prepare needs TFDS ({error}): pip install 'mmljax[data]'"
         ) from error
-    try:
-        in_shop.prepare(
-            options.folder,
-            options.output,
-            variant=options.variant,
-            check_counts=not options.no_check_counts,
-            file_format=options.file_format,
-        )
-    except UserError as error:
-        raise UserError(str(error).replace("check_counts=False", "--no-check-counts")) from error
+    in_shop.prepare(
+        options.manual_dir,
+        options.data_dir,
+        variant=options.variant,
+        check_counts=not options.no_check_counts,
+        file_format=options.file_format,
+    )
     return 0

@@ -109,7 +109,7 @@ def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
         found = f"has no {CONFIG}" if path.is_dir() else "does not exist"
     except (OSError, RuntimeError) as error:  # too long, not accessible, or a link to itself
         found = f"cannot be read ({getattr(error, 'strerror', None) or 'a link to itself'})"
-    raise UserError(f"run {path} {found}; name the --workdir of mmljax train")
+    raise UserError(f"run {path} {found}; give the --workdir of a run")
 
 
 def _checked_step(run: Path, step: int | None) -> int:

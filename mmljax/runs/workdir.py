@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,13 @@ from typing import Any
 from mmljax.config import Config, to_dict
 from mmljax.data.fingerprint import fingerprint_differences
 from mmljax.errors import UserError
-from mmljax.files import write_atomically
+from mmljax.files import Locked, acquire_lock, write_atomically
 from mmljax.mesh import agree, is_main_process
 from mmljax.runs.reader import CONFIG
 from mmljax.text import differences, one_line
 
 DATA = "data.json"
 LOCK = "running.lock"
-
-_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -57,26 +52,17 @@ def claimed(workdir: Path, config: Config, data: Mapping[str, Any]) -> Iterator[
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    path = workdir / LOCK
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", errors="replace")
+        lock = acquire_lock(workdir / LOCK)
+    except Locked as holder:
+        raise UserError(
+            f"--workdir={workdir} is in use by another run ({holder}); wait for it to end, or "
+            "choose another --workdir"
+        ) from None
     except OSError as error:
         raise _unusable(workdir, one_line(error)) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"--workdir={workdir} is in use by another run ({file.read().strip()}); wait for "
-                "it to end, or choose another --workdir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            _log.warning("%s cannot be locked (%s): start no second run there", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+    with lock:
         yield
 
 

@@ -130,7 +130,7 @@ def test_command_prints_how_to_open_the_file(saved_run, tmp_path, capsys):
 
 
 def test_wrong_run_and_missing_packages(saved_run, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="name the --workdir"):
+    with pytest.raises(UserError, match="the --workdir of"):
         run("atlas", tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "umap" or None)
     with pytest.raises(UserError, match="pip install umap-learn"):

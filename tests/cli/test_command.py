@@ -98,7 +98,7 @@ WORDS = {  # valid arguments of each verb
     "search": ["RUN", "--split=query", "--embeddings=x"],
     "export": ["RUN", "--output=x"],
     "compare": ["RUN_A", "RUN_B"],
-    "prepare": ["FOLDER", "OUTPUT"],
+    "prepare": ["MANUAL_DIR", "DATA_DIR"],
 }
 
 

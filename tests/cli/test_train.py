@@ -50,7 +50,7 @@ def assert_refused(code: int, shown: str, *words: str) -> None:
         (["--config.duration=soon"], ["--config.duration='soon'", "'600 steps'"]),
         (["--config.objectives.pair.loss=circl"], ["'circl'", "'circle'"]),
         (["--config.combination.name=shares"], ["'shares'", "'share'"]),
-        (["--config.objectives.pair.mining.rule=any"], ["rule='any'", "either"]),
+        (["--config.objectives.pair.mining=any"], ["mining='any'", "either"]),
         (["--config.data.directory=/nowhere/x.npz"], ["/nowhere/x.npz", "--config.data.directory"]),
         (["--config.data.source=album"], ["'album'", "in_shop"]),
         (["--config.data.flip=perhaps"], ["--config.data.flip", "perhaps"]),

@@ -102,7 +102,7 @@ def test_images_of_other_kinds_are_refused(saved_run):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match="does not exist; name the --workdir"):
+    with pytest.raises(UserError, match="does not exist; give the --workdir"):
         load_embedder(tmp_path / "absent")
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_embedder(tmp_path)
