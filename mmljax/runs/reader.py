@@ -128,15 +128,16 @@ def share_targets(config: Mapping[str, Any]) -> dict[str, float]:
     Args:
       config: the contents of ``config.json``.
     """
-    combination = config["combination"]
-    if combination["name"] != "share":
+    if config["combination"]["name"] != "share":
         return {}
-    groups = {"embeddings": "embedding_shares", "proxies": "proxy_shares"}
-    return {
-        f"share_{group}/{name}": float(share)
-        for group, key in groups.items()
-        for name, share in combination[key].items()
-    }
+    targets = {}
+    for group, key in (("embeddings", "embedding_share"), ("proxies", "proxy_share")):
+        shares = {name: float(row[key]) for name, row in config["objectives"].items()}
+        total = sum(shares.values())  # shares are normalised over the objectives
+        targets |= {
+            f"share_{group}/{name}": share / total for name, share in shares.items() if share > 0
+        }
+    return targets
 
 
 def _labelled(paths: Paths | Mapping[str, Path | str | Paths]) -> Iterator[tuple[str, Path | str]]:

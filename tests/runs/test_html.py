@@ -184,7 +184,7 @@ def test_queries_are_left_out_where_the_page_would_not_fit(run, tmp_path, monkey
     options = {"dataset": run.dataset, "config": run.config}
     path = page.write_page(run.folder, output=tmp_path / "some.html", worst=12, **options)
     twelve = path.read_text()
-    monkeypatch.setattr(page, "LIMIT", path.stat().st_size // 2)
+    monkeypatch.setattr(page, "LIMIT", int(0.85 * path.stat().st_size))
     monkeypatch.setattr(page, "_SIZES", page._SIZES[:1])
     caplog.clear()
     path = page.write_page(run.folder, output=tmp_path / "fewer.html", worst=5000, **options)
