@@ -132,7 +132,8 @@ def write_page(
       UserError: if a package is absent, the run was not evaluated or its files are damaged, the
         data set is another one, or an image cannot be decoded.
     """
-    check_packages()
+    for package in _PACKAGES:
+        require(package, extra="page", purpose="the page of a run")
     records = read_records(run)
     if records.neighbors is None:
         raise UserError(
@@ -170,16 +171,6 @@ def write_page(
             f"{path} cannot be written ({one_line(error)}); give another --output"
         ) from error
     return path
-
-
-def check_packages() -> None:
-    """Check that the optional packages of a page are installed.
-
-    Raises:
-      UserError: naming the first that is absent.
-    """
-    for package in _PACKAGES:
-        require(package, extra="page", purpose="the page of a run")
 
 
 def _check_scores(records: Records, run: Path) -> None:

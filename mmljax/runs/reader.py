@@ -132,9 +132,11 @@ def share_targets(config: Mapping[str, Any]) -> dict[str, float]:
         return {}
     targets: dict[str, float] = {}
     for group, key in (("embeddings", "embedding_share"), ("proxies", "proxy_share")):
-        shares = {name: float(row.get(key, 0)) for name, row in config["objectives"].items()}
-        total = sum(shares.values())
-        targets |= {f"share_{group}/{name}": x / total for name, x in shares.items() if x > 0}
+        shares = {name: float(row[key]) for name, row in config["objectives"].items()}
+        total = sum(shares.values())  # shares are normalised over the objectives
+        targets |= {
+            f"share_{group}/{name}": share / total for name, share in shares.items() if share > 0
+        }
     return targets
 
 

@@ -31,7 +31,8 @@ class InputWait:
         self._ready = (0, 0.0)  # steps that finished, and the time of the last one
         self._steps: queue.SimpleQueue[jax.Array | None] = queue.SimpleQueue()
         # A daemon thread: a step that never ends must not keep the process from exiting.
-        threading.Thread(target=self._watch, name="steps", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="steps", daemon=True)
+        self._thread.start()
 
     def next(self, batches: Iterator[_Batch]) -> _Batch:
         """Return the next batch and add the idle time of the devices to ``seconds``."""

@@ -1,21 +1,25 @@
-"""A run's page: what stands in it is the evaluation's, escaped, small, and of this data set."""
+"""The page of a run shows the evaluation; it is escaped, small, and of the run's data set."""
 
 from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import commands as verbs
 import evaluated
 from mmljax.errors import UserError
 from mmljax.retrieval import records as protocol
 from mmljax.runs import html as page
+from mmljax.runs.reader import load_run_data
 
 for package in ("jinja2", "PIL", "matplotlib", "pandas"):
     pytest.importorskip(package, reason=f"a page needs {package}")
@@ -143,7 +147,7 @@ def test_fewer_queries_may_be_shown(run, tmp_path):
 def test_command_writes_into_the_run(run, tmp_path, capsys):
     copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
     (copy / "page.html").unlink(missing_ok=True)
-    page.main([str(copy)])
+    verbs.run("page", copy)
     assert capsys.readouterr().out.strip() == str(copy / "page.html")
     assert "<h1>copy</h1>" in (copy / "page.html").read_text()
 
@@ -153,25 +157,178 @@ def test_another_data_set_is_refused(run, tmp_path):
     listed = data / "Eval" / "list_eval_partition.txt"
     lines = listed.read_text().splitlines()
     listed.write_text("\n".join([str(int(lines[0]) - 1), *lines[1:-1], ""]))
-    with pytest.raises(UserError, match="not the one that .* was evaluated on"):
-        page.main([str(run.folder), "--directory", str(data)])
+    with pytest.raises(UserError, match="not the one on which .* was evaluated"):
+        verbs.run("page", run.folder, "--directory", data)
+    assert not (data / "page.html").exists()
 
 
 def test_records_without_neighbours_are_refused(run, tmp_path):
     copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
     protocol.write_records(copy, protocol.read_records(copy)._replace(neighbors=None))
-    with pytest.raises(UserError, match="kept no neighbours"):
+    with pytest.raises(UserError, match="stored no neighbours"):
         page.write_page(copy, dataset=run.dataset, config=run.config)
 
 
 def test_a_run_that_was_not_evaluated_is_refused(run, tmp_path):
-    with pytest.raises(UserError, match="name the --workdir of a run"):
-        page.main([str(tmp_path / "none")])
+    with pytest.raises(UserError, match="--workdir of a run"):
+        verbs.run("page", tmp_path / "none")
     copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
     rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     with pytest.raises(UserError, match="no evaluation of step 20"):
         page.write_page(copy, dataset=run.dataset, config=run.config)
+
+
+def test_queries_are_left_out_where_the_page_would_not_fit(run, tmp_path, monkeypatch, caplog):
+    """Of all the queries asked for, the worst are shown, with their own pictures."""
+    options = {"dataset": run.dataset, "config": run.config}
+    path = page.write_page(run.folder, output=tmp_path / "some.html", worst=12, **options)
+    twelve = path.read_text()
+    monkeypatch.setattr(page, "LIMIT", int(0.85 * path.stat().st_size))
+    monkeypatch.setattr(page, "_SIZES", page._SIZES[:1])
+    caplog.clear()
+    path = page.write_page(run.folder, output=tmp_path / "fewer.html", worst=5000, **options)
+    assert path.stat().st_size <= page.LIMIT
+    fewer = path.read_text()
+    count = fewer.count('<li class="query"')
+    assert 1 <= count < 12
+    (record,) = caplog.records
+    assert f"shows {count} of 36 queries" in record.getMessage()
+    items = [text.split('<li class="query"')[1:] for text in (fewer, twelve)]
+    for a, b in zip(items[0][: count - 1], items[1], strict=False):
+        assert a == b
+    assert f"The {count} of 36 queries" in fewer
+    used = {int(k) for k in re.findall(r'class="picture p(\d+)"', fewer)}
+    assert used == set(range(len(re.findall(r"base64,", fewer))))
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "page.html").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"page.html cannot be written .*give another --output"):
+        page.write_page(
+            run.folder, dataset=run.dataset, config=run.config, output=tmp_path / "page.html"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def changed_records(run, folder, change):
+    """A copy of the run whose records are changed."""
+    copy = Path(shutil.copytree(run.folder, folder / "copy"))
+    protocol.write_records(copy, change(protocol.read_records(copy)))
+    return copy
+
+
+def foreign_names(records):
+    names = records.names.copy()
+    names[:] = [f"img/{row}.jpg" for row in range(len(names))]
+    return records._replace(names=names)
+
+
+def foreign_neighbors(records):
+    names = np.array(["no/such.jpg"] * len(records.neighbors.names))
+    return records._replace(neighbors=records.neighbors._replace(names=names))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (foreign_names, "names the image 'img/.*', which the data set does not have"),
+        (foreign_neighbors, "names the image 'no/such.jpg'"),
+        (lambda r: r._replace(values={}), "has no score 'map@r'"),
+        (
+            lambda r: r._replace(values={"map@r": r.values["map@r"], "recall@1": r.values["mrr"]}),
+            "has no score 'mrr'",
+        ),
+        (
+            lambda r: r._replace(values={**r.values, "recall@4": 7 + r.values["recall@4"]}),
+            "'recall@4' are not all between 0 and 1",
+        ),
+        (
+            lambda r: r._replace(values={**r.values, "mrr": -r.values["mrr"]}),
+            "'mrr' are not all between 0 and 1",
+        ),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(run, tmp_path, change, said):
+    copy = changed_records(run, tmp_path, change)
+    with pytest.raises(UserError, match=said):
+        page.write_page(copy, dataset=run.dataset, config=run.config)
+
+
+def test_a_score_above_one_is_refused(run, tmp_path):
+    copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(lines[-1]) | {"recall@1": 7.0}
+    (copy / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(row), ""]))
+    with pytest.raises(UserError, match="'recall@1' of an evaluation is not between 0 and 1"):
+        page.write_page(copy, dataset=run.dataset, config=run.config)
+
+
+def test_no_data_is_written_for_a_run_whose_data_is_gone(run, tmp_path):
+    """Only training writes synthetic images; a foreign run may name any directory."""
+    copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["data"] |= {"source": "synthetic", "directory": str(tmp_path / "named")}
+    (copy / "config.json").write_text(json.dumps(config))
+    for directory in (None, tmp_path / "typo"):
+        with pytest.raises(UserError):
+            load_run_data(copy, directory=directory and str(directory))
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+# After training.
+
+
+def finish(run, folder):
+    return page.write_plot_and_page(folder, dataset=run.dataset, config=run.config)
+
+
+def test_a_finished_run_gets_its_plot_and_page(run, tmp_path):
+    copy = Path(shutil.copytree(run.folder, tmp_path / "$a $b"))
+    written = finish(run, copy)
+    assert written == {"plot": copy / "contributions.png", "page": copy / "page.html"}
+    assert written["plot"].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "<h1>$a $b</h1>" in written["page"].read_text()
+
+
+def failing(*arguments, **options):
+    raise RuntimeError("first line\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda folder, patch: (folder / "metrics.jsonl").unlink(), "does not exist"),
+        (lambda folder, patch: (folder / "metrics.jsonl").write_text("damaged\n"), "not a row"),
+        (lambda folder, patch: patch.setattr(page, "svg_of", failing), "first line second line"),
+        (lambda folder, patch: patch.setattr(page, "webp", failing), "first line second line"),
+        (lambda folder, patch: patch.setattr(page, "write_figure", failing), "first line second"),
+        (
+            lambda folder, patch: patch.setitem(sys.modules, "matplotlib", None),
+            r"pip install 'mmljax\[plot\]'",
+        ),
+        (
+            lambda folder, patch: patch.setitem(sys.modules, "jinja2", None),
+            r"pip install 'mmljax\[page\]'",
+        ),
+    ],
+)
+def test_no_plot_and_no_page_are_a_warning(run, tmp_path, monkeypatch, caplog, break_it, said):
+    copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
+    with monkeypatch.context() as patch:
+        break_it(copy, patch)
+        written = finish(run, copy)
+    assert len(written) < 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 - len(written)
+    assert re.search(said, messages[0])
+    assert not any("\n" in text for text in messages)
+    assert not list(copy.glob("*.partial"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scalars arrive where they are sent, and a run that goes on goes on there."""
+"""Scalars arrive in each service, and a resumed run continues the same run there."""
 
 from __future__ import annotations
 
@@ -41,8 +41,16 @@ def test_tensorboard(tmp_path: Path) -> None:
     found = events(tmp_path / "tensorboard")
     scalars = {(v.tag, e.step): v.simple_value for e in found for v in e.summary.value}
     assert scalars == {("loss/pair", 5): 0.5, ("evaluation/recall_1", 5): 0.75}
-    # TensorBoard hides what an earlier attempt wrote from this step on.
+    # TensorBoard hides what an interrupted session wrote from this step on.
     assert [e.step for e in found if e.session_log.status == e.session_log.START] == [5]
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX")
+    (tmp_path / "tensorboard").write_text("")
+    log = dataclasses.replace(NOTHING, tensorboard=True)
+    with pytest.raises(UserError, match=r"/tensorboard cannot be written .*move it away"):
+        make_loggers(log, tmp_path, config=CONFIG, start_step=0)
 
 
 def test_without_tensorboardx_one_line_says_how_to_get_it(

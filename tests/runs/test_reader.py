@@ -21,7 +21,10 @@ ROWS = (
 )
 CONFIG = {
     "seed": 3,
-    "objectives": {"pair": {"embedding_share": 0.4}, "proxy": {"embedding_share": 0.1}},
+    "objectives": {
+        "pair": {"embedding_share": 0.4, "proxy_share": 0.0},
+        "proxy": {"embedding_share": 0.1, "proxy_share": 0.0},
+    },
     "combination": {"name": "share"},
 }
 
@@ -43,14 +46,16 @@ def test_a_run_is_a_line_per_number_and_its_targets(tmp_path):
     assert tuple(table.columns) == COLUMNS
     lines = lines_of(table)
     assert math.isnan(lines[3][-1])
+    shares = [line[-1] for line in lines[6:]]
+    assert shares == pytest.approx([0.8, 0.2])  # 0.4 and 0.1 of 0.5
     assert [line[2:] for line in lines[:3] + lines[4:]] == [
         (0, "evaluation", "recall@1", "", 0.25),
         (1, "train", "loss", "", 1.5),
         (1, "train", "loss", "pair", 1.0),
         (1, "rates", "images_per_second", "", 100.0),
         (1, "rates", "compilations", "", 2.0),
-        (0, "target", "share_embeddings", "pair", 0.8),
-        (0, "target", "share_embeddings", "proxy", 0.2),
+        (0, "target", "share_embeddings", "pair", shares[0]),
+        (0, "target", "share_embeddings", "proxy", shares[1]),
     ]
     assert {line[:2] for line in lines} == {("a", 3)}
     assert lines[3][2:-1] == (1, "train", "conflict", "pair_proxy")

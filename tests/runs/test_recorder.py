@@ -1,11 +1,11 @@
-"""The loop's rows and rates, and that it warns once when they sink."""
+"""Rows and throughput of the loop, and one warning when the input becomes slow."""
 
 from __future__ import annotations
 
 import logging
 import re
-import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from mmljax.runs.recorder import Recorder
 
 
 class Reporter:
-    """Keeps what it is told."""
+    """Keeps what it receives."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
@@ -37,8 +37,39 @@ def reporter() -> Reporter:
     return Reporter()
 
 
+class Clock:
+    """Time and the idle time of the devices, as the test sets them; in place of ``InputWait``."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.seconds = 0.0  # idle so far
+        self.started = False
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        before = self.now
+        batch = next(batches)
+        self.seconds += (self.now - before) * self.started
+        self.started = True
+        return batch
+
+    def step(self, result: jax.Array) -> None:
+        self.now += 0.01
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture
-def recorder(reporter: Reporter) -> Iterator[Recorder]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(recorder_module, "InputWait", lambda: clock)
+    fake = types.SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr(recorder_module, "time", fake)
+    return clock
+
+
+@pytest.fixture
+def recorder(reporter: Reporter, clock: Clock) -> Iterator[Recorder]:
     recorder = Recorder(reporter, {"head": lambda step: 0.5 * step}, input_wait_warning=0.2)
     yield recorder
     recorder.close()
@@ -49,16 +80,22 @@ def run_step(x: jax.Array) -> jax.Array:
     return jnp.sum(x * 2)
 
 
-def loop(recorder: Recorder, steps: range, *, input_takes: float = 0.0, size: int = 3) -> None:
-    """Steps of no length, fed by a slow or a fast input, in one interval."""
-    batches: Any = (time.sleep(input_takes) or np.ones(size, np.float32) for _ in steps)
-    for step in steps:
-        x = recorder.next_batch(batches)
-        scalars = {"loss": run_step(x)}
-        recorder.add(step, scalars)
-        scalars["loss"].block_until_ready()
-        time.sleep(0.01)
-    recorder.flush()
+@pytest.fixture
+def loop(recorder: Recorder, clock: Clock) -> Callable[..., None]:
+    """Runs steps of 0.01 s, fed by a slow or a fast input, and flushes once."""
+
+    def run(steps: range, *, input_takes: float = 0.0, size: int = 3) -> None:
+        def batches() -> Iterator[np.ndarray]:
+            for _ in steps:
+                clock.now += input_takes
+                yield np.ones(size, np.float32)
+
+        source = batches()
+        for step in steps:
+            recorder.add(step, {"loss": run_step(recorder.next_batch(source))})
+        recorder.flush()
+
+    return run
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -70,7 +107,7 @@ def test_rows_have_the_scalars_and_the_rates_of_their_step(
 ) -> None:
     for step in (1, 2, 3):
         recorder.add(step, {"loss": jnp.float32(step)})
-    assert reporter.rows == []  # nothing is fetched before it is asked for
+    assert reporter.rows == []  # nothing is fetched before the flush
     recorder.flush()
     recorder.flush()
     assert reporter.rows == [
@@ -89,59 +126,62 @@ def test_what_is_not_finite_ends_the_run_after_its_row(
     assert [step for step, _ in reporter.rows] == [1, 2]
 
 
-def test_a_starving_input_is_warned_of_once(
-    recorder: Recorder,
+def test_a_slow_input_is_warned_of_once(
+    loop: Callable[..., None],
     reporter: Reporter,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(recorder_module, "WINDOW", 0.02)
-    loop(recorder, range(1, 4))
+    loop(range(1, 4))
     assert warnings(caplog) == []
-    loop(recorder, range(4, 7), input_takes=0.05)
-    loop(recorder, range(7, 10), input_takes=0.05)
+    loop(range(4, 7), input_takes=0.05)
+    loop(range(7, 10), input_takes=0.05)
     (warning,) = warnings(caplog)
     assert "--config.data.threads" in warning
     shares = [rates["waited"] / rates["seconds"] for rates in reporter.rates]
-    assert shares[0] < 0.2 < 0.5 < min(shares[1:])
-    loop(recorder, range(10, 13))
-    loop(recorder, range(13, 16), input_takes=0.05)
-    assert len(warnings(caplog)) == 2  # it was well in between
+    assert shares == pytest.approx([0, 5 / 6, 5 / 6])
+    loop(range(10, 13))
+    loop(range(13, 16), input_takes=0.05)
+    assert len(warnings(caplog)) == 2  # it was fast in between
 
 
-def test_the_input_is_judged_over_long_enough_to_tell(
-    recorder: Recorder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_the_input_is_judged_over_a_whole_window(
+    loop: Callable[..., None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder_module, "WINDOW", 0.3)
-    loop(recorder, range(1, 3), input_takes=0.05)
+    loop(range(1, 3), input_takes=0.05)  # 0.07 s: the first batch does not count
+    loop(range(3, 5), input_takes=0.05)  # 0.12 s
     assert warnings(caplog) == []
-    for first in range(3, 15, 2):
-        loop(recorder, range(first, first + 2), input_takes=0.05)
+    loop(range(5, 7), input_takes=0.05)
     assert len(warnings(caplog)) == 1
 
 
-def test_the_first_batch_and_what_is_left_out_cost_no_speed(
-    recorder: Recorder, reporter: Reporter
+def test_the_first_batch_and_excluded_time_do_not_lower_the_throughput(
+    recorder: Recorder, loop: Callable[..., None], reporter: Reporter, clock: Clock
 ) -> None:
-    time.sleep(0.1)
-    loop(recorder, range(1, 2), input_takes=0.1)
-    time.sleep(0.3)
+    clock.now += 7
+    loop(range(1, 2), input_takes=5.0)
+    clock.now += 3
     recorder.restart_clock()
-    loop(recorder, range(2, 3))
-    assert reporter.rates[0]["waited"] == 0
-    assert max(rates["seconds"] for rates in reporter.rates[1:]) < 0.3
+    loop(range(2, 3))
+    assert [rates["seconds"] for rates in reporter.rates] == pytest.approx([0.01, 0.01])
+    assert [rates["waited"] for rates in reporter.rates] == [0, 0]
 
 
 def test_compilations_are_expected_at_first_and_warned_of_later(
-    recorder: Recorder, reporter: Reporter, caplog: pytest.LogCaptureFixture
+    recorder: Recorder,
+    loop: Callable[..., None],
+    reporter: Reporter,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    loop(recorder, range(1, 4), size=101)
-    jax.jit(lambda x: x - 1)(jnp.ones(2))  # an evaluation, say
+    loop(range(1, 4), size=101)
+    jax.jit(lambda x: x - 1)(jnp.ones(2))  # as an evaluation does
     recorder.restart_clock()
-    loop(recorder, range(4, 7), size=101)
+    loop(range(4, 7), size=101)
     assert warnings(caplog) == []
     before = reporter.rates[-1]["compilations"]
-    loop(recorder, range(7, 10), size=102)
+    loop(range(7, 10), size=102)
     (warning,) = warnings(caplog)
     assert "run_step" in warning
     assert reporter.rates[-1]["compilations"] == before + 1

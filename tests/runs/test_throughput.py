@@ -1,9 +1,10 @@
-"""Waiting is what the devices wait, not what the host spends; every compilation is counted."""
+"""Waiting is idle time of the devices, not of the host; every compilation is counted."""
 
 from __future__ import annotations
 
 import threading
 import time
+import types
 from collections.abc import Iterator
 
 import jax
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmljax.runs import throughput
 from mmljax.runs.throughput import Compilations, InputWait, idle_seconds
 
 
 class Result:
-    """An output of a step that is through when the test says so."""
+    """An output of a step that finishes when the test says so."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.done = threading.Event()
@@ -28,16 +30,27 @@ class Result:
 
 
 @pytest.fixture
-def wait() -> Iterator[InputWait]:
-    clock = InputWait()
-    yield clock
-    clock.close()
+def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    now = types.SimpleNamespace(seconds=100.0)
+    fake = types.SimpleNamespace(perf_counter=lambda: now.seconds)
+    monkeypatch.setattr(throughput, "time", fake)
+    return now
 
 
-def finish(result: Result) -> None:
-    """End a step, and give the thread that watches it the time to see it."""
+@pytest.fixture
+def wait(clock: types.SimpleNamespace) -> Iterator[InputWait]:
+    measured = InputWait()
+    yield measured
+    measured.close()
+
+
+def finish(wait: InputWait, result: Result, *, steps: int) -> None:
+    """End a step, and wait until the thread has seen that ``steps`` steps are finished."""
     result.done.set()
-    time.sleep(0.02)
+    deadline = time.monotonic() + 10
+    while wait._ready[0] < steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize(
@@ -48,59 +61,73 @@ def test_only_what_lies_after_the_last_step_is_idle(ready: float, expected: floa
     assert idle_seconds(2.0, 5.0, ready=ready) == expected
 
 
-def test_the_whole_wait_counts_where_the_last_step_is_through(wait: InputWait) -> None:
+def batch(clock: types.SimpleNamespace, seconds: float) -> Iterator[int]:
+    clock.seconds += seconds
+    yield 7
+
+
+def test_the_whole_wait_counts_where_the_last_step_is_finished(
+    wait: InputWait, clock: types.SimpleNamespace
+) -> None:
     result = Result()
     wait.step(result)
-    finish(result)
-    begin = time.perf_counter()
-    assert wait.next(time.sleep(0.03) or x for x in [7]) == 7
-    assert 0.03 <= wait.seconds <= time.perf_counter() - begin
+    finish(wait, result, steps=1)
+    assert wait.next(batch(clock, 3.0)) == 7
+    assert wait.seconds == 3.0
 
 
-def test_nothing_counts_while_the_last_step_runs(wait: InputWait) -> None:
+def test_nothing_counts_while_the_last_step_runs(
+    wait: InputWait, clock: types.SimpleNamespace
+) -> None:
     first, second = Result(), Result()
     for result in (first, second):
         wait.step(result)
-    finish(first)  # the one before is through, which does not matter
-    wait.next(time.sleep(0.03) or x for x in [1])
+    finish(wait, first, steps=1)  # the one before is finished, which does not matter
+    wait.next(batch(clock, 3.0))
     assert wait.seconds == 0
     second.done.set()
 
 
-def test_the_rest_of_a_wait_counts_where_the_step_ends_within_it(wait: InputWait) -> None:
+def test_the_rest_of_a_wait_counts_where_the_step_ends_within_it(
+    wait: InputWait, clock: types.SimpleNamespace
+) -> None:
     result = Result()
     wait.step(result)
 
     def batches() -> Iterator[int]:
-        time.sleep(0.2)
-        result.done.set()
-        time.sleep(0.05)
+        clock.seconds += 2.0
+        finish(wait, result, steps=1)
+        clock.seconds += 0.5
         yield 1
 
     wait.next(batches())
-    assert 0.01 < wait.seconds < 0.15
+    assert wait.seconds == 0.5
 
 
-def test_the_start_of_a_run_does_not_count(wait: InputWait) -> None:
-    wait.next(time.sleep(0.02) or x for x in [1])
+def test_the_start_of_a_run_does_not_count(wait: InputWait, clock: types.SimpleNamespace) -> None:
+    wait.next(batch(clock, 3.0))
     assert wait.seconds == 0
 
 
-def test_a_step_that_fails_ends_the_watch_quietly(wait: InputWait) -> None:
+def test_a_step_that_fails_ends_the_watch_quietly(
+    wait: InputWait, clock: types.SimpleNamespace
+) -> None:
     result = Result(fails=True)
     wait.step(result)
-    finish(result)
-    wait.next(iter([1]))
+    result.done.set()
+    wait._thread.join(10)
+    assert not wait._thread.is_alive()
+    wait.next(batch(clock, 3.0))
     assert wait.seconds == 0
 
 
-def test_the_results_of_real_steps_are_watched(wait: InputWait) -> None:
-    x = jax.jit(lambda x: x @ x)(jnp.ones((8, 8)))
-    wait.step(x)
-    x.block_until_ready()
-    time.sleep(0.02)
-    wait.next(time.sleep(0.03) or x for x in [1])
-    assert wait.seconds >= 0.03
+def test_the_results_of_real_steps_are_watched(
+    wait: InputWait, clock: types.SimpleNamespace
+) -> None:
+    wait.step(jax.jit(lambda x: x @ x)(jnp.ones((8, 8))))
+    finish(wait, Result(), steps=1)
+    wait.next(batch(clock, 3.0))
+    assert wait.seconds == 3.0
 
 
 def test_each_compilation_is_counted_once_and_named() -> None:

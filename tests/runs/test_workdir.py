@@ -1,4 +1,4 @@
-"""A workdir takes one run at a time, of one config."""
+"""A workdir holds one run at a time, of one config."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_makes_the_workdir_and_writes_the_config(tmp_path: Path, config: Config)
     workdir = tmp_path / "a/b"
     with claimed(workdir, config, DATA):
         assert json.loads((workdir / "config.json").read_text())["seed"] == config.seed
-    with claimed(workdir, config, DATA):  # and once more, after it ended
+    with claimed(workdir, config, DATA):  # again, after it ended
         pass
 
 
@@ -47,10 +47,13 @@ def test_another_config_is_refused_with_the_keys(tmp_path: Path, config: Config)
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "\xff", "[]", "null", "3", "[" * 100_000])
 def test_a_damaged_config_is_an_error(tmp_path: Path, config: Config, content: str) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match="cannot be used"), claimed(tmp_path, config, DATA):
+    with (
+        pytest.raises(UserError, match=r"cannot be used \(config.json: "),
+        claimed(tmp_path, config, DATA),
+    ):
         pass
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and shows: rows survive a kill, and JSON stays valid."""
+"""Rows of metrics survive a kill, JSON stays valid, and results hold where scores come from."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_untrained_score_survives_a_resume(tmp_path):
     assert [row["step"] for row in writer.read_metrics(tmp_path)] == [0]
 
 
-def test_a_run_that_begins_anew_keeps_no_row(tmp_path):
+def test_a_run_that_starts_again_keeps_no_row(tmp_path):
     reporter = open_reporter(tmp_path)
     reporter.evaluation(0, {"recall@1": 0.1})
     reporter.train(1, {"loss": 1.0})
@@ -125,7 +125,7 @@ def test_damage_in_the_middle_is_named_and_left_alone(tmp_path, line):
     path = tmp_path / writer.METRICS
     path.write_text(f'{{"step": 1, "kind": "train"}}\n{line}\n{{"step": 3, "kind": "train"}}\n')
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no row"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a row"):
         open_reporter(tmp_path, step=3)
     assert path.read_bytes() == before
 
@@ -192,6 +192,69 @@ def test_loggers_get_the_same_scalars_and_are_closed(tmp_path):
     assert kept == [(5, {"loss/pair": 0.5}), (5, {"evaluation/recall@1": 0.75}), "closed"]
 
 
+def test_a_long_file_is_truncated_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_BLOCK", 100)
+    reporter = open_reporter(tmp_path)
+    for step in range(1, 301):
+        reporter.train(step, {"loss": step / 7})
+        if step % 100 == 0:
+            reporter.evaluation(step, {"recall@1": step / 1000, "mrr": math.nan})
+    reporter.close()
+    lines = (tmp_path / writer.METRICS).read_text().splitlines()
+    resumed = open_reporter(tmp_path, step=250)
+    assert (tmp_path / writer.METRICS).read_text().splitlines() == lines[:252]
+    assert {step: row["recall@1"] for step, row in resumed.evaluations.items()} == {
+        100: 0.1,
+        200: 0.2,
+    }
+    assert all(math.isnan(row["mrr"]) for row in resumed.evaluations.values())
+    resumed.close()
+
+
+def test_rows_of_one_kind_are_read_alone(tmp_path):
+    reporter = open_reporter(tmp_path)
+    for step in (1, 2):
+        reporter.train(step, {"loss": 1.0, "loss/evaluation": 2.0})
+        reporter.evaluation(step, {"recall@1": 0.5})
+    reporter.close()
+    rows = writer.read_metrics(tmp_path, kind="evaluation")
+    assert [(row["step"], row["kind"]) for row in rows] == [(1, "evaluation"), (2, "evaluation")]
+    with (tmp_path / writer.METRICS).open("a") as file:
+        file.write('{"step": 3, "kind": "evaluation"\n')
+    with pytest.raises(UserError, match="line 5 is not a row"):
+        writer.read_metrics(tmp_path, kind="evaluation")
+
+
+def test_evaluations_of_this_process_need_no_file(tmp_path):
+    reporter = open_reporter(tmp_path)
+    reporter.evaluation(3, {"recall@1": np.float32(0.5), "mrr": math.inf})
+    (tmp_path / writer.METRICS).rename(tmp_path / "away")
+    row = reporter.evaluations[3]
+    assert (row["step"], row["recall@1"]) == (3, 0.5)
+    assert math.isnan(row["mrr"])
+    reporter.close()
+
+
+def test_a_deleted_workdir_is_named(tmp_path):
+    reporter = open_reporter(tmp_path / "run")
+    reporter.train(1, {"loss": 1.0})
+    shutil.rmtree(tmp_path / "run")
+    reporter.train(2, {"loss": 1.0})  # into a file that has no name any more
+    with pytest.raises(UserError, match="run was deleted or moved during training"):
+        reporter.progress(seconds=1.0, steps=2, waited=0.0, compilations=0)
+    reporter.close()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    reporter = open_reporter(tmp_path)
+    reporter.train(1, {"loss": 1.0})
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(full))
+    with pytest.raises(UserError, match="No space left on device.*make room.*resumes"):
+        reporter.progress(seconds=1.0, steps=1, waited=0.0, compilations=0)
+    reporter.close()
+
+
 # Progress.
 
 
@@ -235,63 +298,56 @@ def test_progress_in_a_terminal_is_a_bar_that_lines_do_not_break(tmp_path):
 # Results.
 
 
-def test_results_hold_what_tells_where_scores_come_from(tmp_path):
-    import jax
+SESSIONS = [
+    {"start_step": 0, "last_step": 5, "seconds": 2.5},
+    {"start_step": 5, "last_step": 10, "seconds": 1.25},
+]
 
-    path = writer.write_results(
+
+def write_results(workdir, **changes):
+    options = {"scores": {"recall@1": 0.5}, "config": {"seed": 1}, "sessions": SESSIONS}
+    return writer.write_results(workdir, **options | changes)
+
+
+def test_results_hold_scores_config_and_sessions(tmp_path):
+    returned = write_results(
         tmp_path,
         scores={"recall@1": np.float32(0.5), "broken": math.nan},
         config={"seed": 1, "data": {"crop": (0.5, 1.0)}},
         extra={"untrained": None, "checkpoint": tmp_path / "checkpoints"},
     )
-    assert path == tmp_path / "results.json"
-    results = strict(path.read_text())
+    results = strict((tmp_path / "results.json").read_text())
+    assert results == returned == writer.read_results(tmp_path)
     assert results["scores"] == {"recall@1": 0.5, "broken": None}
     assert results["config"] == {"seed": 1, "data": {"crop": [0.5, 1.0]}}
-    assert results["device"] == {"kind": jax.devices()[0].device_kind, "count": 8}
-    assert results["versions"]["jax"] == jax.__version__
-    assert results["versions"]["numpy"] == np.__version__
-    assert results["versions"]["python"] == sys.version.split()[0]
+    assert results["sessions"] == SESSIONS
+    assert results["seconds"] == 3.75
     assert results["untrained"] is None
     assert results["checkpoint"] == str(tmp_path / "checkpoints")
-    assert {"git", "date"} <= results.keys()
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_results_of_equal_content_are_equal_files(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_results(tmp_path / name)
+    a, b = ((tmp_path / name / "results.json").read_bytes() for name in "ab")
+    assert a == b
 
 
 def test_results_are_replaced_whole(tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        writer.write_results(tmp_path, scores={}, config={})
+        write_results(tmp_path)
     assert (tmp_path / "results.json").read_text() == "old"
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_git_revision_is_that_of_the_checkout_that_holds_the_code(tmp_path, monkeypatch):
-    def git(*arguments):
-        names = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        return subprocess.run(
-            ["git", "-C", str(tmp_path), *names, *arguments],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-
-    code = tmp_path / "code.py"
-    code.write_text("one\n")
-    monkeypatch.setattr(writer, "__file__", str(code))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert writer._git() is None
-    git("init", "-q")
-    git("commit", "-qm", "theirs", "--allow-empty")
-    assert writer._git() is None  # installed inside somebody else's checkout
-    git("add", "code.py")
-    git("commit", "-qm", "first")
-    assert writer._git() == {"revision": git("rev-parse", "HEAD"), "dirty": False}
-    code.write_text("two\n")
-    assert writer._git() == {"revision": git("rev-parse", "HEAD"), "dirty": True}
-    monkeypatch.setenv("PATH", "")
-    assert writer._git() is None
+@pytest.mark.parametrize("contents", [None, "", "[]", "{}", '{"scores": 3}', "\xff", "[" * 100_000])
+def test_results_without_scores_are_none(tmp_path, contents):
+    if contents is not None:
+        (tmp_path / "results.json").write_bytes(contents.encode("latin-1"))
+    assert writer.read_results(tmp_path) is None
 
 
 # The table.
@@ -318,17 +374,19 @@ def test_recall_table_with_all_columns():
         "Recall@10       96.4       10.0       -",
         "R-precision     50.0        2.0       -",
         "MAP@R           37.5          -       -",
-        "14218 queries, 12612 gallery images; 2 queries without a match are in no score",
+        "14218 queries, 12612 gallery images; 2 queries without a match are excluded from all "
+        "scores",
     ]
 
 
-def test_recall_table_tells_of_ties_where_there_are_any():
+def test_recall_table_reports_ties_if_there_are_any():
     ties = {"mrr": 0.5, "tie_rate": 0.25, "recall_expected@1": 0.125, "recall_optimistic@1": 1.0}
     assert writer.recall_table({"recall@1": 0.0, **ties}).splitlines() == [
         "%         trained",
         "Recall@1      0.0",
         "MRR          50.0",
-        "25.0 % of the queries have ties, at their worst here; Recall@1 of the mean order: 12.5",
+        "25.0 % of the queries have ties, scored here in their worst order; "
+        "Recall@1 in the mean order: 12.5",
     ]
     none = writer.recall_table({"recall@1": 0.0, **ties, "tie_rate": 0.0})
     assert "ties" not in none
