@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUMBER = re.compile(r"\d+\.\d+")
+COMMAND = re.compile(
+    r"(?:\w+=\S+ )*(?:\S*/)?(?:mmljax|python -m mmljax(?P<module>\.[\w.]+)?)(?: +|$)"
+)
 
 
 def test_synopsis_prints_what_the_readme_shows(capsys):
@@ -45,12 +48,9 @@ def documented_commands() -> list[tuple[str, str]]:
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         for line in [*lines, *spans]:
             for part in line.split(" && "):
-                match = re.match(
-                    r"(?:\w+=\S+ )*(?:\S*/)?(?:mmljax|python -m mmljax(?P<main>\.main)?)(?: |$)", part
-                )
-                if match:
-                    rest = ("train " if match["main"] else "") + part[match.end() :]
-                    found.append((str(page.relative_to(ROOT)), rest))
+                if match := COMMAND.match(part):
+                    verb = {None: "", ".main": "train "}.get(match["module"], f"{match['module']} ")
+                    found.append((str(page.relative_to(ROOT)), verb + part[match.end() :]))
     return found
 
 
