@@ -1,24 +1,87 @@
-"""The README's own code runs and does what it is shown for."""
+"""The code of the README runs and prints what the README shows; every documented command parses."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
-from typing import Any
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import pytest
+
+import mmljax
+from mmljax.cli import command
+from mmljax.config import from_mapping, load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NUMBER = re.compile(r"\d+\.\d+")
+COMMAND = re.compile(
+    r"(?:\w+=\S+ )*(?:\S*/)?(?:mmljax|python -m mmljax(?P<module>\.[\w.]+)?)(?: +|$)"
+)
 
 
-def test_losses_alone_in_a_loop() -> None:
+def test_synopsis_prints_what_the_readme_shows(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    namespace: dict[str, Any] = {}
-    exec(block, namespace)
-    similarity = namespace["l2_normalize"](namespace["z"])
-    similarity = similarity @ similarity.T
-    same = namespace["labels"][:, None] == namespace["labels"][None]
-    assert float(similarity[same].min()) > float(similarity[~same].max())  # items are apart
+    (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    exec(block, {})
+    printed = capsys.readouterr().out
+    assert NUMBER.sub("", printed).split() == NUMBER.sub("", shown).split()
+    values = [[float(number) for number in NUMBER.findall(text)] for text in (printed, shown)]
+    assert values[0] == pytest.approx(values[1], abs=0.02)  # CPUs round differently
 
 
-def test_commands_that_ci_reads_are_there() -> None:
+def test_commands_that_ci_reads_are_there():
     for marker in ("run-command", "test-command"):
-        assert re.search(rf"<!-- {marker} -->\n```bash\n.+\n```\n", README)
+        (block,) = re.findall(rf"<!-- {marker} -->\n```bash\n(.+)\n```\n", README)
+        assert block.count("\n") == 0
+        assert block.count(" && ") == 2
+
+
+def documented_commands() -> list[tuple[str, str]]:
+    """``(page, command)`` of every command line of mmljax in the README and the docs."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        for line in [*lines, *spans]:
+            for part in line.split(" && "):
+                if match := COMMAND.match(part):
+                    verb = {None: "", ".main": "train "}.get(match["module"], f"{match['module']} ")
+                    found.append((str(page.relative_to(ROOT)), verb + part[match.end() :]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), documented_commands())
+def test_documented_command_parses(page, line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(re.sub(r"\$\([^)]*\)", "FILE", line), comments=True)
+    if not words or words[0] == "VERB" or words[-1] in ("...", "--help"):
+        return  # prose that names the program or a form of command
+    if len(words) == 1 and words[0] in command.VERBS:
+        return  # prose that names a verb
+    options = command.parse(words)
+    if getattr(options, "config", None) in (None, "mine.py", "FILE.py"):
+        return
+    load_config(options.config, options.overrides)
+
+
+def test_documented_settings_are_keys_of_the_config():
+    """Also settings that are named outside a command, such as ``--config.row_block=8192``."""
+    settings = {
+        match[1]
+        for page in PAGES
+        for match in re.finditer(r"--config\.([a-z_]+(?:\.[a-z0-9_]+)*)", page.read_text())
+    }
+    assert settings
+    defaults = mmljax.default_config()
+    from_mapping(defaults)
+    for setting in settings:
+        node = defaults
+        for name in setting.split("."):
+            if name in ("params", "mining_params"):
+                break  # hyperparameters are checked when they are bound
+            assert name in node, setting
+            node = node[name]
