@@ -26,10 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page of the run that the options name."""
-    from mmljax.runs.html import check_packages, write_page
+    from mmljax.runs.html import write_page
     from mmljax.runs.reader import load_run_data
 
-    check_packages()
     config, dataset = load_run_data(options.run, directory=options.directory)
     path = write_page(
         options.run, dataset=dataset, config=config, output=options.output, worst=options.worst

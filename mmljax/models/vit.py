@@ -126,6 +126,7 @@ class VisionTransformer(nnx.Module):
         return self.norm(x)
 
     def _embed_patches(self, x: Array) -> Array:
+        assert self.patch_embed.bias is not None
         kernel, bias = self.patch_embed.kernel[...], self.patch_embed.bias[...]
         dtype = self.patch_embed.dtype
         y = conv(x.astype(dtype), kernel.astype(dtype), strides=PATCH)

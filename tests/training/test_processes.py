@@ -38,10 +38,14 @@ def start(config: Path, workdir: Path, *, processes: int) -> list[subprocess.Pop
         with (config.parent / f"{workdir.name}_{index}.log").open("w") as log:
             started.append(
                 subprocess.Popen(
-                    small_runs.command(config, workdir), cwd=small_runs.ROOT, env=environment, stderr=log,
-                    stdout=subprocess.DEVNULL, text=True,
+                    small_runs.command(config, workdir),
+                    cwd=small_runs.ROOT,
+                    env=environment,
+                    stderr=log,
+                    stdout=subprocess.DEVNULL,
+                    text=True,
                 )
-            )  # fmt: skip
+            )
     return started
 
 
