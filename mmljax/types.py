@@ -99,8 +99,14 @@ class Values(NamedTuple):
 class Loss(Protocol):
     """A loss on a block of similarities, its hyperparameters bound. Pure."""
 
-    def __call__(self, similarity: Float[Array, "n m"], masks: PairMasks, /) -> Values:
-        """Values per row, and which rows enter their mean."""
+    def __call__(
+        self, similarity: Float[Array, "n m"], masks: PairMasks, /, *distances: Array
+    ) -> Values:
+        """Values per row, and which rows enter their mean.
+
+        ``distances`` are squared distances ``[n m]`` for a loss that takes them, see
+        :func:`mmljax.losses.blocks.distances_for`.
+        """
 
 
 class Miner(Protocol):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from mmljax.losses.blocks import distances_for
 from mmljax.losses.mining import pair_masks, proxy_masks
 from mmljax.numerics import masked_sum, similarity_matrix
 from mmljax.types import BoundObjective, PairMasks, Points, Values, Views
@@ -98,7 +99,8 @@ def objective_sums(
     def block(rows: Points, context: Context) -> tuple[Array, tuple[Array, Kept]]:
         similarity = similarity_matrix(rows.vectors, columns.vectors)
         masks, mined = mined_masks(objective, similarity, rows, columns, context)
-        value, valid = objective.loss(similarity, mined)
+        distances = distances_for(objective.loss, rows.vectors, columns.vectors)
+        value, valid = objective.loss(similarity, mined, *distances)
         sums, counts = masked_sum(Values(value, valid & rows.valid))
         kept = Kept(*(_count(m) for m in (*mined, *masks)))
         return sums.reshape(-1), (counts.reshape(-1), kept)
