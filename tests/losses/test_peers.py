@@ -1,13 +1,15 @@
-"""Value and gradient at the embeddings against pytorch-metric-learning, in float64.
+"""Public losses against pytorch-metric-learning: value and gradient in float64.
 
-Both sides start from the same raw vectors and normalise them themselves. Where ours differs on
-purpose the test says so and pins the difference.
+Both sides start from the same raw vectors and normalise them. Where ours differs on purpose, the
+test states the difference and checks it.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -15,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmljax.losses import pair, proxy, ranking, separation
-from mmljax.numerics import l2_normalize, masked_mean, similarity_matrix
-from mmljax.types import PairMasks, Values
+from mmljax import losses
+from mmljax.losses import registry
+from mmljax.numerics import l2_normalize, similarity_matrix
+from mmljax.types import PairMasks
 from objective_blocks import quick_jit
 
 pytestmark = pytest.mark.slow
@@ -32,12 +35,11 @@ def peer():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
         torch = pytest.importorskip("torch", reason="pip install mmljax[peers]")
-        pytest.importorskip("pytorch_metric_learning", reason="pip install mmljax[peers]")
-        from pytorch_metric_learning import distances, losses, miners, reducers
+        pml = pytest.importorskip("pytorch_metric_learning", reason="pip install mmljax[peers]")
+        for name in ("distances", "losses", "miners", "reducers", "regularizers"):
+            importlib.import_module(f"pytorch_metric_learning.{name}")
     torch.set_num_threads(1)
-    return SimpleNamespace(
-        torch=torch, losses=losses, distances=distances, reducers=reducers, miners=miners
-    )
+    return SimpleNamespace(torch=torch, **vars(pml))
 
 
 def embeddings(labels=LABELS):
@@ -54,28 +56,22 @@ def sample_masks(labels=LABELS, keep_self=False):
     return PairMasks(same & ~itself, ~same)
 
 
-def own_proxy_masks(centers=1):
-    own = LABELS[:, None] == np.arange(CLASSES * centers) // centers
-    return PairMasks(own, ~own)
+def weighted_by(rows, loss, masks):
+    """The loss with its anchors weighted, for peers that do not average over anchors."""
+    block = partial(registry.LOSSES[loss.func.__name__][1], **loss.keywords)
+
+    def total(x, _):
+        unit = l2_normalize(x)
+        return jnp.sum(block(similarity_matrix(unit, unit), masks).value * rows) / rows.sum()
+
+    return total
 
 
-def mean(values):
-    return jnp.sum(masked_mean(values))
-
-
-def ours(loss, masks, *, rows, columns=None, reduce=mean):
-    """Our loss and its gradient at the raw rows and columns (one array if columns is None)."""
-
-    def total(rows, columns):
-        first = l2_normalize(rows)
-        second = first if columns is None else l2_normalize(columns)
-        return reduce(loss(similarity_matrix(first, second), masks))
-
+def ours(loss, *arrays):
+    """A loss and its gradients at the arrays, in float64."""
     with jax.enable_x64(True):
-        masks = PairMasks(*map(jnp.asarray, masks))
-        argnums = 0 if columns is None else (0, 1)
-        result = quick_jit(jax.value_and_grad(total, argnums))(rows, columns)
-        return jax.tree.map(np.asarray, result)
+        compiled = quick_jit(jax.value_and_grad(loss, tuple(range(len(arrays)))))
+        return jax.tree.map(np.asarray, compiled(*arrays))
 
 
 def theirs(peer, function, *arrays):
@@ -86,10 +82,9 @@ def theirs(peer, function, *arrays):
     return value.item(), [tensor.grad.numpy() for tensor in tensors]
 
 
-def check_samples(peer, loss, function, *, masks=None, labels=LABELS, reduce=mean):
+def check_samples(peer, loss, function, *, labels=LABELS):
     x = embeddings(labels)
-    masks = sample_masks(labels) if masks is None else masks
-    value, gradient = ours(loss, masks, rows=x, reduce=reduce)
+    value, (gradient,) = ours(lambda x: loss(x, labels), x)
     expected, (expected_gradient,) = theirs(peer, function, x)
     assert abs(expected) > 1e-3
     np.testing.assert_allclose(value, expected, **TOLERANCE)
@@ -118,7 +113,7 @@ def mean_per_anchor(peer, values, anchors):
 def test_multi_similarity(peer):
     check_samples(
         peer,
-        lambda s, masks: pair.multi_similarity_loss(s, masks, alpha=2.0, beta=40.0, base=0.5),
+        partial(losses.multi_similarity, alpha=2.0, beta=40.0, base=0.5),
         labelled(peer, peer.losses.MultiSimilarityLoss(alpha=2, beta=40, base=0.5)),
     )
 
@@ -136,7 +131,7 @@ def test_contrastive(peer):
     )
     check_samples(
         peer,
-        lambda s, masks: pair.contrastive_loss(s, masks, positive_margin=0.9, negative_margin=0.2),
+        partial(losses.contrastive, positive_margin=0.9, negative_margin=0.2),
         lambda x: loss(x, peer.torch.tensor(LABELS)) / len(LABELS),
     )
 
@@ -152,7 +147,7 @@ def test_triplet_hard(peer):
     labels = peer.torch.tensor(LABELS)
     check_samples(
         peer,
-        lambda s, masks: pair.triplet_hard_loss(s, masks, margin=0.1),
+        partial(losses.triplet_hard, margin=0.1),
         lambda x: loss(x, labels, miner(x, labels)),
     )
 
@@ -166,31 +161,25 @@ def test_triplet_all(peer):
     )
     check_samples(
         peer,
-        lambda s, masks: pair.triplet_all_loss(s, masks, margin=0.2),
+        partial(losses.triplet_all, margin=0.2),
         lambda x: mean_per_anchor(peer, *triplets_of(peer, loss, x)),
     )
 
 
 def test_triplet_all_is_the_peers_own_mean_where_anchors_weigh_by_their_triplets(peer):
-    """The difference pinned: weighted by the number of active triplets, both are one."""
-    counts = []
-
-    def reduce(values):
-        x = embeddings() / np.linalg.norm(embeddings(), axis=1, keepdims=True)
-        s, masks = x @ x.T, sample_masks()
-        violation = 0.2 + s[:, None, :] - s[:, :, None]
-        triplets = masks.positive[:, :, None] & masks.negative[:, None, :]
-        counts.append(np.sum(triplets & (violation > 0), axis=(1, 2)))
-        return jnp.sum(values.value * counts[-1]) / counts[-1].sum()
-
+    """Weighted by the number of active triplets of each anchor, both are equal."""
+    x = embeddings() / np.linalg.norm(embeddings(), axis=1, keepdims=True)
+    s, masks = x @ x.T, sample_masks()
+    violation = 0.2 + s[:, None, :] - s[:, :, None]
+    triplets = masks.positive[:, :, None] & masks.negative[:, None, :]
+    count = np.sum(triplets & (violation > 0), axis=(1, 2))
+    assert len(set(count)) > 2
     loss = peer.losses.TripletMarginLoss(margin=0.2, distance=peer.distances.CosineSimilarity())
     check_samples(
         peer,
-        lambda s, masks: pair.triplet_all_loss(s, masks, margin=0.2),
+        weighted_by(count, partial(losses.triplet_all, margin=0.2), masks),
         labelled(peer, loss),
-        reduce=reduce,
     )
-    assert len(set(counts[0])) > 2
 
 
 def test_triplet_semihard(peer):
@@ -216,7 +205,7 @@ def test_triplet_semihard(peer):
             rows.append(torch.stack(own).mean())
         return torch.stack(rows).mean()
 
-    check_samples(peer, lambda s, masks: pair.triplet_semihard_loss(s, masks, margin=0.3), function)
+    check_samples(peer, partial(losses.triplet_semihard, margin=0.3), function)
 
 
 def test_margin(peer):
@@ -247,17 +236,15 @@ def test_margin(peer):
     assert set(active) == {0, 1, 2}
     check_samples(
         peer,
-        lambda s, masks: pair.margin_loss(s, masks, margin=0.2, beta=1.0),
+        weighted_by(active, partial(losses.margin, margin=0.2, beta=1.0), masks),
         lambda x: loss(x, torch.tensor(LABELS), indices),
-        masks=masks,
-        reduce=lambda values: jnp.sum(values.value * active) / active.sum(),
     )
 
 
 def test_circle(peer):
     check_samples(
         peer,
-        lambda s, masks: pair.circle_loss(s, masks, margin=0.4, gamma=80.0),
+        partial(losses.circle, margin=0.4, gamma=80.0),
         labelled(peer, peer.losses.CircleLoss(m=0.4, gamma=80)),
     )
 
@@ -265,7 +252,7 @@ def test_circle(peer):
 def test_supcon(peer):
     check_samples(
         peer,
-        lambda s, masks: pair.supcon_loss(s, masks, temperature=0.1),
+        partial(losses.supcon, temperature=0.1),
         labelled(peer, peer.losses.SupConLoss(temperature=0.1)),
     )
 
@@ -275,16 +262,15 @@ def test_nt_xent(peer):
     labels = np.repeat(np.arange(4), 3)
     check_samples(
         peer,
-        lambda s, masks: pair.nt_xent_loss(s, masks, temperature=0.2),
+        partial(losses.nt_xent, temperature=0.2),
         labelled(peer, peer.losses.NTXentLoss(temperature=0.2), labels),
         labels=labels,
     )
     count = sample_masks().positive.sum(axis=1)
     check_samples(
         peer,
-        lambda s, masks: pair.nt_xent_loss(s, masks, temperature=0.2),
+        weighted_by(count, partial(losses.nt_xent, temperature=0.2), sample_masks()),
         labelled(peer, peer.losses.NTXentLoss(temperature=0.2)),
-        reduce=lambda values: jnp.sum(values.value * count) / count.sum(),
     )
 
 
@@ -295,55 +281,38 @@ def test_smooth_ap(peer):
     classes, so the two must be equal.
     """
     labels = np.repeat(np.arange(4), 4)
+    loss = partial(losses.smooth_ap, temperature=0.05)
+    with_query = labelled(peer, peer.losses.SmoothAPLoss(temperature=0.05), labels)
     own = sample_masks(labels, keep_self=True)
-    check_samples(
-        peer,
-        lambda s, masks: ranking.smooth_ap_loss(s, masks, temperature=0.05),
-        labelled(peer, peer.losses.SmoothAPLoss(temperature=0.05), labels),
-        masks=own,
-        labels=labels,
-    )
-    without, _ = ours(
-        lambda s, masks: ranking.smooth_ap_loss(s, masks, temperature=0.05),
-        sample_masks(labels),
-        rows=embeddings(labels),
-    )
-    x = peer.torch.tensor(embeddings(labels))
-    with_query = labelled(peer, peer.losses.SmoothAPLoss(temperature=0.05), labels)(x).item()
-    assert without > with_query + 0.05  # a query always finds itself first
+    check_samples(peer, partial(loss, pairs=own), with_query, labels=labels)
+    x = embeddings(labels)
+    without, _ = ours(lambda x: loss(x, labels), x)
+    assert without > with_query(peer.torch.tensor(x)).item() + 0.05  # a query finds itself first
 
 
-def check_proxies(peer, loss, torch_loss, *, weights, centers=1, rows="samples", masks=None):
+def check_proxies(peer, loss, torch_loss, *, weights, centers=1):
     """``weights``: the name of the peer's proxies, ``W`` and ``fc`` with classes as columns."""
-    p = proxies(centers)
+    p, x = proxies(centers), embeddings()
     parameter = getattr(torch_loss, weights)
     transposed = parameter.shape[0] == DIMENSIONS and weights != "proxies"
     parameter.data = peer.torch.tensor(p.T if transposed else p)
-    x = peer.torch.tensor(embeddings(), requires_grad=True)
-    expected = torch_loss(x, peer.torch.tensor(LABELS))
-    expected.backward()
-    grad_p = parameter.grad.numpy()
-    sides = {"samples": embeddings(), "proxies": p}
-    other = "proxies" if rows == "samples" else "samples"
-    masks = own_proxy_masks(centers) if masks is None else masks
-    value, gradients = ours(loss, masks, rows=sides[rows], columns=sides[other])
-    gradient = dict(zip((rows, other), gradients, strict=True))
+    expected, (at_samples,) = theirs(peer, labelled(peer, torch_loss), x)
+    at_proxies = parameter.grad.numpy()
+    value, gradients = ours(lambda x, p: loss(x, LABELS, p), x, p)
     assert abs(value) > 1e-3
-    np.testing.assert_allclose(value, expected.item(), **TOLERANCE)
-    np.testing.assert_allclose(gradient["samples"], x.grad.numpy(), **TOLERANCE)
-    np.testing.assert_allclose(gradient["proxies"], grad_p.T if transposed else grad_p, **TOLERANCE)
+    np.testing.assert_allclose(value, expected, **TOLERANCE)
+    np.testing.assert_allclose(gradients[0], at_samples, **TOLERANCE)
+    np.testing.assert_allclose(
+        gradients[1], at_proxies.T if transposed else at_proxies, **TOLERANCE
+    )
 
 
 def test_proxy_anchor(peer):
-    masks = PairMasks(*(mask.T for mask in own_proxy_masks()))
-    assert not masks.positive[4].any()
     check_proxies(
         peer,
-        lambda s, masks: proxy.proxy_anchor_loss(s, masks, alpha=32.0, margin=0.1),
+        partial(losses.proxy_anchor, alpha=32.0, margin=0.1),
         peer.losses.ProxyAnchorLoss(CLASSES, DIMENSIONS, margin=0.1, alpha=32),
         weights="proxies",
-        rows="proxies",
-        masks=masks,
     )
 
 
@@ -351,7 +320,7 @@ def test_proxy_nca_pp(peer):
     """The peer's ProxyNCA has the own proxy in its softmax: on the sphere it is ProxyNCA++."""
     check_proxies(
         peer,
-        lambda s, masks: proxy.proxy_nca_pp_loss(s, masks, temperature=1 / 9),
+        partial(losses.proxy_nca_pp, temperature=1 / 9),
         peer.losses.ProxyNCALoss(CLASSES, DIMENSIONS, softmax_scale=9),
         weights="proxies",
     )
@@ -360,7 +329,7 @@ def test_proxy_nca_pp(peer):
 def test_normalized_softmax(peer):
     check_proxies(
         peer,
-        lambda s, masks: proxy.normalized_softmax_loss(s, masks, temperature=0.05),
+        partial(losses.normalized_softmax, temperature=0.05),
         peer.losses.NormalizedSoftmaxLoss(CLASSES, DIMENSIONS, temperature=0.05),
         weights="W",
     )
@@ -369,7 +338,7 @@ def test_normalized_softmax(peer):
 def test_cosface(peer):
     check_proxies(
         peer,
-        lambda s, masks: proxy.cosface_loss(s, masks, scale=16.0, margin=0.35),
+        partial(losses.cosface, scale=16.0, margin=0.35),
         peer.losses.CosFaceLoss(CLASSES, DIMENSIONS, margin=0.35, scale=16),
         weights="W",
     )
@@ -379,7 +348,7 @@ def test_cosface(peer):
 def test_arcface(peer, degrees):
     check_proxies(
         peer,
-        lambda s, masks: proxy.arcface_loss(s, masks, scale=16.0, margin=math.radians(degrees)),
+        partial(losses.arcface, scale=16.0, margin=math.radians(degrees)),
         peer.losses.ArcFaceLoss(CLASSES, DIMENSIONS, margin=degrees, scale=16),
         weights="W",
     )
@@ -388,9 +357,7 @@ def test_arcface(peer, degrees):
 def test_subcenter_arcface(peer):
     check_proxies(
         peer,
-        lambda s, masks: proxy.subcenter_arcface_loss(
-            s, masks, scale=16.0, margin=math.radians(28.6), centers=3
-        ),
+        partial(losses.subcenter_arcface, scale=16.0, margin=math.radians(28.6), centers=3),
         peer.losses.SubCenterArcFaceLoss(
             num_classes=CLASSES, embedding_size=DIMENSIONS, margin=28.6, scale=16, sub_centers=3
         ),
@@ -402,9 +369,7 @@ def test_subcenter_arcface(peer):
 def test_soft_triple(peer):
     check_proxies(
         peer,
-        lambda s, masks: proxy.soft_triple_loss(
-            s, masks, scale=20.0, gamma=0.1, margin=0.01, centers=2
-        ),
+        partial(losses.soft_triple, scale=20.0, gamma=0.1, margin=0.01, centers=2),
         peer.losses.SoftTripleLoss(
             CLASSES, DIMENSIONS, centers_per_class=2, la=20, gamma=0.1, margin=0.01
         ),
@@ -415,16 +380,8 @@ def test_soft_triple(peer):
 
 def test_separation_has_the_regularface_regularizer_as_its_sharp_limit(peer):
     """At a great gamma and a margin below all cosines: the nearest cosine minus the margin."""
-    from pytorch_metric_learning.regularizers import RegularFaceRegularizer
-
     p = proxies()
-    apart = ~np.eye(CLASSES, dtype=bool)
-
-    def loss(s, masks):
-        value, valid = separation.nearest_proxy_separation_loss(s, masks, gamma=1e5, margin=-2.0)
-        return Values(value - 2.0, valid)
-
-    value, gradient = ours(loss, PairMasks(~apart & apart, apart), rows=p)
-    expected, (expected_gradient,) = theirs(peer, RegularFaceRegularizer(), p)
+    value, (gradient,) = ours(lambda p: losses.nearest_proxy(p, gamma=1e5, margin=-2.0) - 2.0, p)
+    expected, (expected_gradient,) = theirs(peer, peer.regularizers.RegularFaceRegularizer(), p)
     np.testing.assert_allclose(value, expected, **TOLERANCE)
     np.testing.assert_allclose(gradient, expected_gradient, **TOLERANCE)
