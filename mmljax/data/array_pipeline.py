@@ -52,8 +52,9 @@ def train_batches(
       while the previous one is in use.
 
     Raises:
-      UserError: at once, if the classes cannot fill such a batch.
+      UserError: at once, as ``check_sizes`` and ``check_batch``.
     """
+    check_sizes(config, processes=jax.process_count())
     index = class_index(split.labels)
     sizes = {"batch_size": config.batch_size, "images_per_class": config.images_per_class}
     check_batch(index, **sizes)

@@ -90,10 +90,11 @@ def train_batches(
       before it is in use.
 
     Raises:
-      UserError: at once, if the classes cannot fill such a batch; while iterating, if an image
+      UserError: at once, as ``check_sizes`` and ``check_batch``; while iterating, if an image
         cannot be read, cannot be decoded and is not to be skipped, or has no replacement.
     """
     skip = choose({"error": False, "skip": True}, config.corrupt, key="config.data.corrupt")
+    check_sizes(config, processes=jax.process_count())
     index = class_index(split.labels)
     sizes = {"batch_size": config.batch_size, "images_per_class": config.images_per_class}
     check_batch(index, **sizes)

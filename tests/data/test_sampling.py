@@ -91,7 +91,7 @@ def test_batches_that_the_classes_cannot_fill():
     with pytest.raises(UserError, match=r"asks for 7 classes.* has 6; .* at most 24"):
         sampling.class_balanced_indices(index, seed=0, step=0, batch_size=28, images_per_class=4)
     for batch_size, images_per_class in [(10, 4), (0, 4), (8, 0)]:
-        with pytest.raises(UserError, match=rf"batch_size={batch_size} is no multiple of"):
+        with pytest.raises(UserError, match=rf"batch_size={batch_size} is not a multiple of"):
             sampling.check_batch(index, batch_size=batch_size, images_per_class=images_per_class)
 
 
