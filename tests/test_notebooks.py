@@ -1,4 +1,4 @@
-"""The notebooks run from a clean kernel, and their tables hold what other code finds."""
+"""The notebooks run from a clean kernel, and their tables equal what other code computes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_committed_without_outputs(path):
 
 
 @EVERY
-def test_one_cell_installs_and_does_nothing_here(path):
+def test_one_cell_installs_only_where_mmljax_is_absent(path):
     cells = nbformat.read(path, as_version=4).cells
     (install,) = (cell for cell in cells if "pip install" in cell.source)
     assert 'find_spec("mmljax") is None' in install.source
 
 
 @EVERY
-def test_each_plot_says_how_to_read_it(path):
-    """Two sentences at least stand before each cell that draws."""
+def test_each_plot_has_an_explanation(path):
+    """At least two sentences before each cell that draws."""
     cells = nbformat.read(path, as_version=4).cells
     drawing = [i for i, cell in enumerate(cells) if cell.source.startswith(("show(", "SVG("))]
     drawing += [i for i, cell in enumerate(cells) if cell.source.endswith("circle_figure(after)))")]
@@ -48,7 +48,7 @@ def test_each_plot_says_how_to_read_it(path):
 
 
 def execute(path: Path, tables: list[str], *, parameters: str | None = None) -> dict:
-    """Run a notebook in a kernel of its own; its tables as lists of rows, and its pictures."""
+    """Run a notebook in its own kernel; returns tables as lists of rows, and its pictures."""
     client = pytest.importorskip("nbclient", reason="pip install 'mmljax[notebook]' brings it")
     pytest.importorskip("ipykernel", reason="pip install 'mmljax[notebook]' brings it")
     notebook = nbformat.read(path, as_version=4)
@@ -94,7 +94,7 @@ def test_quickstart():
 
 @pytest.fixture(scope="module")
 def two_seeds(tmp_path_factory):
-    """Two short runs that differ in their seed."""
+    """Two short runs that differ only in their seed."""
     folder = tmp_path_factory.mktemp("curves") / "runs"
     folder.mkdir()
     images = small_runs.write_images(folder / "images.npz")
@@ -126,14 +126,14 @@ def test_contribution_curves(two_seeds):
     # The last tenth of twenty steps.
     late = [row for run in rows for row in run if row["kind"] == "train" and row["step"] > 18]
     assert len(late) == 4
-    targets = {"pair": 0.8, "proxy": 0.2}  # of configs/common.py
+    targets = {"pair": 0.8, "proxy": 0.2}  # of the default config
     checked = 0
     for row in found["shares"]:
         assert row["run"] == "tiny"
         mean = np.mean([r[f"{row['quantity']}/{row['name']}"] for r in late])
         assert row["share"] == pytest.approx(mean, abs=1e-6)
         if row["quantity"] == "share_embeddings" and row["name"] in targets:
-            assert row["target"] == targets[row["name"]]
+            assert row["target"] == pytest.approx(targets[row["name"]])
             checked += 1
     assert checked == 2
     last = [[row for row in run if row["kind"] == "evaluation"][-1] for run in rows]
@@ -151,7 +151,7 @@ def test_contribution_curves(two_seeds):
 
 @pytest.mark.slow
 def test_contribution_curves_shows_the_runs_that_there_are(two_seeds):
-    """As it is committed, beside a folder ``runs``."""
+    """Without parameters, it reads all runs in ``../runs``."""
     folder = two_seeds[0].parents[1] / "notebooks"
     folder.mkdir()
     shutil.copy(NOTEBOOKS / "contribution_curves.ipynb", folder)

@@ -39,7 +39,6 @@ LIMIT = 4_800_000
 
 _log = logging.getLogger(__name__)
 
-_PACKAGES = ("jinja2", "PIL", "matplotlib", "pandas")
 _MOST = 1000  # queries; more would not fit, whatever the size of the thumbnails
 _SIZES = (
     (128, 75),
@@ -132,21 +131,9 @@ def write_page(
       UserError: if a package is absent, the run was not evaluated or its files are damaged, the
         data set is another one, or an image cannot be decoded.
     """
-    for package in _PACKAGES:
-        require(package, extra="page", purpose="the page of a run")
-    records = read_records(run)
-    if records.neighbors is None:
-        raise UserError(
-            f"{run} was evaluated by a version that stored no neighbours; run its command with "
-            "another --workdir, or use mmljax atlas"
-        )
-    if records.protocol != evaluation_protocol(dataset, config):
-        raise UserError(
-            f"the data set is not the one on which {run} was evaluated; give its folder by "
-            "--directory"
-        )
-    _check_scores(records, run)
-    queries, images = _worst_queries(records, records.neighbors, dataset, count=min(worst, _MOST))
+    check_packages()
+    records, neighbors = _usable_records(run, dataset, config)
+    queries, images = _worst_queries(records, neighbors, dataset, count=min(worst, _MOST))
     context = {
         "run": run.resolve().name,
         "step": records.step,
@@ -173,8 +160,34 @@ def write_page(
     return path
 
 
-def _check_scores(records: Records, run: Path) -> None:
-    """Refuse records without the scores that sort the queries, or with scores above 1."""
+def check_packages() -> None:
+    """Check that the optional packages of a page are installed.
+
+    Raises:
+      UserError: naming the first that is absent.
+    """
+    for package in ("jinja2", "PIL", "matplotlib", "pandas"):
+        require(package, extra="page", purpose="the page of a run")
+
+
+def _usable_records(run: Path, dataset: Dataset, config: Config) -> tuple[Records, Neighbors]:
+    """The run's records and their neighbours.
+
+    Raises:
+      UserError: if they lack what the page shows, are of another data set, or hold scores that are
+        not between 0 and 1.
+    """
+    records = read_records(run)
+    if records.neighbors is None:
+        raise UserError(
+            f"{run} was evaluated by a version that stored no neighbours; run its command with "
+            "another --workdir, or use mmljax atlas"
+        )
+    if records.protocol != evaluation_protocol(dataset, config):
+        raise UserError(
+            f"the data set is not the one on which {run} was evaluated; give its folder by "
+            "--directory"
+        )
     for key in ("map@r", "mrr"):
         if key not in records.values:
             raise UserError(f"{run / QUERIES} has no score {key!r}; evaluate the run again")
@@ -184,6 +197,7 @@ def _check_scores(records: Records, run: Path) -> None:
                 f"{run / QUERIES}: scores {key!r} are not all between 0 and 1; evaluate the run "
                 "again"
             )
+    return records, records.neighbors
 
 
 def _counted(records: Records) -> np.ndarray:

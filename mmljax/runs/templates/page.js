@@ -5,7 +5,7 @@ const list = document.getElementById("list");
 const queries = [...list.children];
 const visible = () => queries.filter((query) => !query.hidden);
 
-// One query at a time is a stop of the Tab key; arrows move between them.
+// Only one query is reached by the Tab key; arrow keys move between queries.
 function stopAt(query) {
   for (const other of queries) other.tabIndex = other === query ? 0 : -1;
 }
@@ -34,4 +34,4 @@ list.addEventListener("focusin", (event) => {
   if (queries.includes(event.target)) stopAt(event.target);
 });
 select.addEventListener("change", filter);
-filter(); // a browser may have kept the choice over a reload
+filter(); // a browser may keep the selection after a reload
