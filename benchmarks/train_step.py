@@ -1,14 +1,15 @@
 """One whole training step of ours beside PyTorch's, on the same device in one run.
 
     python -m benchmarks.train_step    # ResNet-50, 224 px, bf16, batch 180
-    python -m benchmarks.train_step --backbone resnet18 --image-size 64 --batch-size 32
-    python -m benchmarks.train_step --batch-norm frozen    # folded into the convolutions, and not
+    python -m benchmarks.train_step --rows cpu --dtype float32 --batch-size 32
+    python -m benchmarks.train_step --backbone resnet18 --image-size 64 --separation
 
-Ours: the step of ``configs/inshop.py`` (mined Multi-Similarity, Proxy-Anchor, separation, learned
-weights, AdamW). PyTorch's: torchvision's network in channels-last and the same precision under
-``torch.compile``, with pytorch-metric-learning's Multi-Similarity miner and loss and Proxy-Anchor,
-AdamW. Both are fed the same uint8 batch, already on the device. Runs alternate; the best of each
-side counts. Without torch, torchvision or pytorch-metric-learning only our side is timed.
+Both sides: average pooling, a projection to 512, Multi-Similarity with its miner and 0.03 times
+Proxy-Anchor over 3,997 classes, AdamW, the same uint8 batch already on the device. With
+``--separation`` also 0.3 times the repulsion of proxies. PyTorch's side: torchvision's ResNet or
+efficientnet_lite_pytorch's network in channels-last, and pytorch-metric-learning's miner and
+losses; compiled by ``torch.compile`` on a GPU, or with ``--compile``. Runs of the sides alternate;
+the best of each counts. Without PyTorch's packages only our side is timed.
 """
 
 from __future__ import annotations
@@ -16,53 +17,85 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.torch_peer import import_torchvision
 from mmljax.config import Config, from_mapping
 from mmljax.mesh import make_mesh, place
-from mmljax.models import resnet
-from mmljax.training.trainer import assemble
+from mmljax.training.trainer import make_trainer
 from mmljax.types import Batch
 
 CLASSES = 3997  # In-Shop's training items
+SIZE = 512  # of an embedding
+PROXY_WEIGHT, SEPARATION_WEIGHT = 0.03, 0.3
+SHARPNESS, MARGIN = 32, 0.1  # of the separation
+
+CPU_ROWS = (
+    ("efficientnet_lite0", 112, False),
+    ("resnet18", 64, False),
+    ("resnet18", 64, True),
+    ("resnet18", 112, False),
+    ("resnet50", 112, False),
+)
 
 
-def make_batch(options: argparse.Namespace) -> Batch:
-    """Noise, four images to a class."""
+class Row(NamedTuple):
+    """What is timed."""
+
+    backbone: str
+    image_size: int
+    separation: bool
+
+
+def make_batch(row: Row, batch_size: int) -> Batch:
+    """Return noise, four images to a class."""
     random = np.random.default_rng(0)
-    size = (options.batch_size, options.image_size, options.image_size, 3)
-    labels = np.repeat(random.permutation(CLASSES)[: options.batch_size // 4], 4)
+    size = (batch_size, row.image_size, row.image_size, 3)
+    labels = np.repeat(random.permutation(CLASSES)[: batch_size // 4], 4)
     images = random.integers(0, 256, size, dtype=np.uint8)
-    batch: Any = (images, labels.astype(np.int32), np.ones(options.batch_size, bool))
+    batch: Any = (images, labels.astype(np.int32), np.ones(batch_size, bool))
     return Batch(*batch)
 
 
-def make_config(options: argparse.Namespace) -> Config:
-    """The In-Shop config at the asked size."""
-    from configs import inshop
+def make_config(row: Row, options: argparse.Namespace) -> Config:
+    """Return the config of one row: the only place that knows its schema."""
+    from mmljax import default_config
 
-    config = inshop.get_config()
+    config = default_config()
     config.data.batch_size = options.batch_size
-    config.model.backbone = options.backbone
-    config.model.compute_dtype = options.dtype
-    config.model.batch_norm = options.batch_norm
+    config.model.update(
+        backbone=row.backbone,
+        compute_dtype=options.dtype,
+        batch_norm=options.batch_norm,
+        embedding_size=SIZE,
+        pooling="average",
+        layer_norm="none",
+    )
+    pair, proxy, separation = (config.objectives[x] for x in ("pair", "proxy", "separation"))
+    pair.update(mining="sample", mining_params={"margin": 0.1}, weight=1.0)
+    proxy.weight = PROXY_WEIGHT
+    separation.update(weight=SEPARATION_WEIGHT, params={"gamma": SHARPNESS, "margin": MARGIN})
+    if not row.separation:
+        del config.objectives["separation"]
+    config.combination.name = "fixed"
+    config.optimizer.clip_norm = 0.0
     return from_mapping(config)
 
 
-def our_step(options: argparse.Namespace, batch: Batch, *, fold: bool) -> Callable[[int], None]:
-    """A function that runs that many steps to their end; ``fold`` is of frozen BatchNorm."""
-    config = make_config(options)
+def our_step(row: Row, options: argparse.Namespace, batch: Batch) -> Callable[[int], None]:
+    """Return a function that runs a number of steps to their end."""
     mesh = make_mesh()
-    trainer = assemble(config, classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh)
+    trainer = make_trainer(
+        make_config(row, options), classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh
+    )
     placed = place(batch, mesh)
     held = [trainer.state]
 
     def run(steps: int) -> None:
-        resnet.FOLD = fold  # looked at in the first step, which traces
         for _ in range(steps):
             held[0], _ = trainer.step(held[0], placed)
         jax.block_until_ready(held[0].params)
@@ -70,27 +103,41 @@ def our_step(options: argparse.Namespace, batch: Batch, *, fold: bool) -> Callab
     return run
 
 
-def torch_step(options: argparse.Namespace, batch: Batch) -> Callable[[int], None]:
-    """The same for PyTorch.
+def torch_network(row: Row) -> Any:
+    """Return PyTorch's network with a projection in place of the classifier."""
+    import torch
+
+    if row.backbone.startswith("efficientnet"):
+        from efficientnet_lite_pytorch import EfficientNet
+
+        name = row.backbone.replace("_", "-")
+        network = EfficientNet.from_name(name, image_size=row.image_size, drop_connect_rate=0)
+        network._dropout = torch.nn.Identity()
+        network._fc = torch.nn.Linear(network._fc.in_features, SIZE)
+        return network
+    network = import_torchvision().models.get_model(row.backbone, weights=None)
+    network.fc = torch.nn.Linear(network.fc.in_features, SIZE)
+    return network
+
+
+def torch_step(row: Row, options: argparse.Namespace, batch: Batch) -> Callable[[int], None]:
+    """Return the same for PyTorch.
 
     Raises:
-      ImportError: if torch, torchvision or pytorch-metric-learning is absent.
+      ImportError: if one of its packages is absent.
     """
     import torch
-    import torchvision
     from pytorch_metric_learning import losses, miners
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = torchvision.models.get_model(options.backbone, weights=None)
-    network.fc = torch.nn.Linear(network.fc.in_features, 512)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = torch_network(row).to(device, memory_format=torch.channels_last)
     if options.batch_norm == "frozen":
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
     miner = miners.MultiSimilarityMiner(epsilon=0.1)
     pair = losses.MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
-    proxy = losses.ProxyAnchorLoss(CLASSES, 512, margin=0.1, alpha=32).to(device)
+    proxy = losses.ProxyAnchorLoss(CLASSES, SIZE, margin=0.1, alpha=32).to(device)
     optimizer = torch.optim.AdamW(
         [{"params": network.parameters()}, {"params": proxy.parameters(), "lr": 1e-2}], lr=1e-4
     )
@@ -98,13 +145,22 @@ def torch_step(options: argparse.Namespace, batch: Batch) -> Callable[[int], Non
     labels = torch.from_numpy(batch.labels).long().to(device)
     mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1) * 255
     deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1) * 255
-    compiled = torch.compile(network)
+    compiled = torch.compile(network) if options.compile or device == "cuda" else network
+    itself = torch.eye(CLASSES, dtype=torch.bool, device=device)
+
+    def separation() -> Any:
+        unit = torch.nn.functional.normalize(proxy.proxies)
+        logits = (SHARPNESS * (unit @ unit.T - MARGIN)).masked_fill(itself, -torch.inf)
+        return torch.nn.functional.softplus(torch.logsumexp(logits, 1)).mean() / SHARPNESS
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             x = ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
             embeddings = torch.nn.functional.normalize(compiled(x).float())
-        loss = pair(embeddings, labels, miner(embeddings, labels)) + proxy(embeddings, labels)
+        loss = pair(embeddings, labels, miner(embeddings, labels))
+        loss = loss + PROXY_WEIGHT * proxy(embeddings, labels)
+        if row.separation:
+            loss = loss + SEPARATION_WEIGHT * separation()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -118,42 +174,49 @@ def torch_step(options: argparse.Namespace, batch: Batch) -> Callable[[int], Non
     return run
 
 
-def main() -> None:
-    """Time both sides in turn and print images per second and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=180)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--batch-norm", default="global", choices=["global", "frozen"])
-    parser.add_argument("--steps", type=int, default=20, help="per timing")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-
-    batch = make_batch(options)
-    sides = {"mmljax": our_step(options, batch, fold=True)}
-    if options.batch_norm == "frozen":
-        sides["not folded"] = our_step(options, batch, fold=False)
+def time_row(row: Row, options: argparse.Namespace) -> None:
+    """Time both sides in turn and print milliseconds, images per second and their ratio."""
+    batch = make_batch(row, options.batch_size)
+    sides = {"mmljax": our_step(row, options, batch)}
     try:
-        sides["PyTorch"] = torch_step(options, batch)
+        sides["PyTorch"] = torch_step(row, options, batch)
     except ImportError as error:
-        print(f"no PyTorch side: {error}; install torch, torchvision, pytorch-metric-learning")
+        print(f"no PyTorch side: {error}; pip install 'mmljax[peers]'")
     best = dict.fromkeys(sides, float("inf"))
-    for name, run in sides.items():
-        begin = time.perf_counter()
+    for run in sides.values():
         run(2)
-        print(f"{name}: compiled and warm after {time.perf_counter() - begin:.1f} s")
     for _ in range(options.repeats):
         for name, run in sides.items():
             begin = time.perf_counter()
             run(options.steps)
             best[name] = min(best[name], (time.perf_counter() - begin) / options.steps)
-    print(machine.describe())
+    text = f"{row.backbone} {row.image_size} px{' + separation' if row.separation else ''}"
+    text = f"{text:<32}"
     for name, seconds in best.items():
-        speed = options.batch_size / seconds
-        print(f"{name:<11}{1e3 * seconds:>9.1f} ms per step{speed:>9.0f} images/s")
-    for name in list(best)[1:]:
-        print(f"ratio mmljax / {name}: {best[name] / best['mmljax']:.2f}")
+        text += f"  {name}{1e3 * seconds:>8.1f} ms {options.batch_size / seconds:>6.0f} images/s"
+    if len(best) > 1:
+        text += f"  ratio {best['PyTorch'] / best['mmljax']:.2f}"
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Time one row, or the rows for CPU."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", default="one", choices=["one", "cpu"], help="cpu: all of CPU's")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--separation", action="store_true")
+    parser.add_argument("--batch-size", type=int, default=180)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--batch-norm", default="global", choices=["global", "frozen"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile on CPU too")
+    parser.add_argument("--steps", type=int, default=20, help="per timing")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    one = (options.backbone, options.image_size, options.separation)
+    print(f"{machine.describe()}, batch {options.batch_size}, {options.dtype}")
+    for row in CPU_ROWS if options.rows == "cpu" else (one,):
+        time_row(Row(*row), options)
 
 
 if __name__ == "__main__":

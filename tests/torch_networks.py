@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.torch_peer import import_torchvision
 
 REASON = "pip install mmljax[peers]"
 
@@ -23,44 +22,29 @@ LIBRARIES = ("torchvision", "timm", "transformers")
 
 
 def load_torch() -> Any:
-    """Torch, or the test is skipped."""
+    """Import torch, or skip the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations
         return pytest.importorskip("torch", reason=REASON)
 
 
 def load_torchvision() -> Any:
-    """Torchvision, or the test is skipped.
-
-    Its compiled operators (for boxes, unused here) do not load beside a torch of another build, and
-    then the whole package cannot be imported; it can when their names are declared.
-    """
-    if "torchvision" in sys.modules:
-        return sys.modules["torchvision"]
-    torch = load_torch()
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        pytest.skip(REASON)
+    """Import torchvision, or skip the test."""
+    load_torch()
     try:
-        torch.ops.load_library(Path(spec.origin).parent / "_C.so")
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms", "roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool"):
-            library.define(f"{name}(Tensor x) -> Tensor")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torchvision
-    return torchvision
+        return import_torchvision()
+    except ImportError:
+        pytest.skip(REASON)
 
 
 def make(library: str, name: str) -> Any:
-    """A library's network that is ours of that name, with its classifier, its weights as made."""
+    """Return a library's counterpart of one of our networks, with classifier and new weights."""
     torch = load_torch()
     torch.manual_seed(0)
-    torchvision = load_torchvision()  # timm and transformers import it where it is there
+    torchvision = load_torchvision()  # timm and transformers import it where it is installed
     if library == "torchvision":
         if name in RESNETS:
-            # Where branches start small, rounding does not grow from block to block.
+            # With branches that start small, rounding does not grow from block to block.
             return torchvision.models.get_model(name, zero_init_residual=True)
         size, heads = VITS[name]
         return torchvision.models.VisionTransformer(
@@ -86,7 +70,7 @@ def make(library: str, name: str) -> Any:
 
 
 def scatter(network: Any) -> Any:
-    """The network with what is all ones or zeros moved at random, in place; itself."""
+    """Add noise to what starts as ones or zeros; return the network, changed in place."""
     torch = load_torch()
     with torch.no_grad():
         for value in network.parameters():
