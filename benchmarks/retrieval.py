@@ -4,10 +4,10 @@
     python -m benchmarks.retrieval --size sop           # Stanford Online Products, k = 100
     python -m benchmarks.retrieval --peers faiss --chunk 8192
 
-All sides see the same random unit vectors, run in turn within one process, as often as asked, and
-are given by their fastest run: what else a machine does slows every side. The first run of each
+All sides search the same random unit vectors, run in turn within one process, and are reported by
+their fastest run, because other load on the machine slows every side. The first run of each
 (compilation) is not counted. ``ratio`` is a side's time over that of ``nearest_neighbors``. Ours
-runs on JAX's default device, torch on CUDA where it has one, faiss on CPU; on CPU all have as many
+runs on JAX's default device, torch on CUDA if it has one, faiss on CPU; on CPU all use as many
 threads as there are cores. Needs the extra ``peers``.
 """
 
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mmljax.retrieval.search import nearest_neighbors, positive_ranks
+from mmljax.mesh import make_mesh
+from mmljax.retrieval.search import nearest_neighbors, neighbors_and_ranks, positive_ranks
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Side = Callable[[], Any]
@@ -58,7 +59,7 @@ class Data(NamedTuple):
 
 
 def make_data(task: Task, size: int) -> Data:
-    """Noisy class centres on the unit sphere, in an order that knows no class."""
+    """Noisy class centres on the unit sphere, in random order."""
     random = np.random.default_rng(0)
     centers = random.standard_normal((task.classes, size), dtype=np.float32)
 
@@ -76,8 +77,9 @@ def make_data(task: Task, size: int) -> Data:
 
 
 def our_sides(data: Data, k: int, chunk: int) -> dict[str, Side]:
-    """The project's two ways, on arrays that already lie on the device."""
+    """The project's searches, on arrays that are already on the device."""
     on = jax.tree.map(jax.device_put, data)
+    mesh = make_mesh(jax.devices()[:1])
 
     def search() -> Any:
         found = nearest_neighbors(on.queries, on.gallery, k=k, chunk=chunk, self_index=on.own)
@@ -87,11 +89,19 @@ def our_sides(data: Data, k: int, chunk: int) -> dict[str, Side]:
         ranks = positive_ranks(*on[:4], chunk=chunk, self_index=on.own)
         return jax.block_until_ready(ranks)
 
-    return {"mmljax nearest_neighbors": search, "mmljax positive_ranks": count}
+    def both() -> Any:
+        results = neighbors_and_ranks(*on[:4], k=k, chunk=chunk, self_index=on.own, mesh=mesh)
+        return jax.block_until_ready(results)
+
+    return {
+        "mmljax nearest_neighbors": search,
+        "mmljax positive_ranks": count,
+        "mmljax neighbors_and_ranks": both,
+    }
 
 
 def faiss_side(data: Data, k: int) -> tuple[str, Side]:
-    """``IndexFlatIP``; with k + 1 where a query finds itself, as faiss leaves nothing out."""
+    """``IndexFlatIP``; with k + 1 if a query finds itself, because faiss excludes nothing."""
     faiss = import_peer("faiss", "faiss-cpu")
     faiss.omp_set_num_threads(CORES)
     index = faiss.IndexFlatIP(data.gallery.shape[1])
@@ -121,13 +131,13 @@ PEERS = {"faiss": faiss_side, "torch": torch_side}
 
 
 def import_peer(module: str, package: str) -> Any:
-    """The peer's module, or an exit that says how to get it or do without."""
+    """The peer's module, or an exit that says how to install it or run without."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(
-            f"{package} is not installed ({error}); pip install 'mmljax[peers]', or leave it out "
-            "by --peers"
+            f"{package} is not installed ({error}); pip install 'mmljax[peers]', or omit it "
+            "with --peers"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of exact search in a large gallery, which may lie on the device, the host or a disk.
+"""Peak memory of exact search in a large gallery on the device, on the host or in a file.
 
     python -m benchmarks.search_memory --gallery device
     python -m benchmarks.search_memory --gallery host
@@ -36,7 +36,7 @@ def block(seed: int, size: int) -> np.ndarray:
 
 
 def on_device(rows: int, size: int) -> jax.Array:
-    """Random unit vectors made where they stay, so that no second copy is ever held."""
+    """Random unit vectors made on the device, without a second copy."""
 
     @jax.jit
     def make(keys: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def on_device(rows: int, size: int) -> jax.Array:
 
 
 def on_host(rows: int, size: int, file: Path | None) -> np.ndarray:
-    """The same in an array, or in a file of which the map is returned."""
+    """The same in an array, or mapped from a file."""
     if file is None:
         gallery = np.empty((rows, size), np.float32)
         for i in range(rows // BLOCK):
@@ -62,7 +62,7 @@ def on_host(rows: int, size: int, file: Path | None) -> np.ndarray:
 
 
 def check(queries: np.ndarray, gallery: np.ndarray, indices: np.ndarray) -> int:
-    """Compare with float64, but for what float32 cannot tell apart; how many were compared."""
+    """Compare with float64 up to float32 rounding; returns how many queries were compared."""
     count, k = min(20, len(queries)), indices.shape[1]
     similarity = np.concatenate(
         [
@@ -118,7 +118,7 @@ def main() -> None:
         )
         print(
             f"gallery {own / GIB:.2f} GiB; peak of the process {peak / GIB:.2f} GiB, "
-            f"{(peak - own) / GIB:+.2f} GiB beside the gallery"
+            f"{(peak - own) / GIB:+.2f} GiB besides the gallery"
         )
         print(f"{check(queries, gallery, indices)} queries equal a sort in float64")
 

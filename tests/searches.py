@@ -1,4 +1,4 @@
-"""Searches whose products tie and are exact, and what a stable argsort in float64 finds in them."""
+"""Search cases with exact products and many ties, and the answer of a stable argsort in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = ("few_values", "fewest_values", "negative", "collapsed")
 
 
 def make(case: Case, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Small integers, whose float32 products are exact and tie often."""
+    """Small integers: their float32 products are exact and often equal."""
     random = np.random.default_rng(seed)
     span = {"few_values": 3, "fewest_values": 1, "negative": 3, "collapsed": 1}[kind]
     gallery = random.integers(-span, span + 1, (case.gallery, case.size))
@@ -39,7 +39,7 @@ def make(case: Case, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.n
     own = random.permutation(case.gallery)[: case.queries] if case.self_retrieval else None
     if own is not None:
         queries = gallery[own]
-    if kind == "negative":  # so that padding, which has similarity 0, would come first
+    if kind == "negative":  # padding, of similarity 0, would be ranked first
         queries, gallery = abs(queries) + 1, -abs(gallery) - 1
     return queries.astype(np.float32), gallery.astype(np.float32), own
 

@@ -1,8 +1,7 @@
-"""Exact top-k of one block of similarities, and of blocks side by side: the parts of every search.
+"""Exact top-k of a block of similarities, and merging of lists: the parts of every search.
 
-:func:`mmljax.retrieval.search.nearest_neighbors` and its kin put them together. Everywhere equal
-similarities are ordered by their place in the gallery, lower first, and a query is kept from
-finding itself by its index.
+:mod:`mmljax.retrieval.search` combines them. Equal similarities are always ordered by their place
+in the gallery, lower first, and a query is excluded from its own search by its index.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from mmljax.numerics import similarity_matrix
 
 WIDTH = 128
-"""Chunks are multiples of it, so that backends choose one kernel, and round alike."""
+"""Chunk widths are multiples of it, so that backends use one kernel and round alike."""
 
 CPU_ROWS = 32
 """Rows of a query block per call of top-k on CPU; query blocks are multiples of it."""
@@ -38,7 +37,7 @@ class Neighbors(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """A gallery to be searched part by part, without a copy of it."""
+    """A gallery in parts, without a copy of it."""
 
     gallery: Float[Array, "g d"]
     width: int  # rows of a part
@@ -47,7 +46,7 @@ class Chunks(NamedTuple):
 
 
 def in_chunks(gallery: Array, *, k: int, chunk: int) -> Chunks:
-    """Parts of about one size, at most ``chunk`` rows if these are enough for ``k`` neighbours."""
+    """Split a gallery into about equal parts of at most ``chunk`` rows, or ``k`` if larger."""
     rows = gallery.shape[0]
     width = round_up(max(-(-rows // -(-rows // chunk)), k), WIDTH)
     whole = rows // width
@@ -66,7 +65,7 @@ def search_chunks(
 ) -> Neighbors:
     """Neighbours of one block of queries among the first ``rows`` rows of the chunks.
 
-    Where there are fewer than ``k``, the list ends in similarities of -inf.
+    With fewer than ``k`` rows, the list ends in similarities of -inf.
     """
     search = functools.partial(search_chunk, queries, own, rows=rows, k=k)
 
@@ -102,7 +101,7 @@ def search_chunk(
 
 def merge(best: Neighbors, new: Neighbors, *, k: int) -> Neighbors:
     """The k best of a list and one of later gallery rows."""
-    # What was found before has the lower indices, and goes first, as top-k prefers on ties.
+    # Earlier neighbours have the lower indices and come first: top-k prefers the first on ties.
     both = Neighbors(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
     return best_of(both, k=k)
 
@@ -118,14 +117,14 @@ def best_of(found: Neighbors, *, k: int) -> Neighbors:
 def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:
     """Top-k of each row over the columns below ``rows`` other than ``own``.
 
-    Of groups of columns side by side, only those with the highest maxima are looked into. That is
-    exact: let x be one of the k best (by value, then by lower column), and k groups be preferred
-    to its own. Each has a maximum above x, or equal to x at a lower column, as of equal maxima
+    Of groups of adjacent columns, only those with the highest maxima are searched. That is exact:
+    let x be one of the k best (by value, then by lower column), and let k groups be preferred to
+    its own. Each has a maximum above x, or equal to x at a lower column, because of equal maxima
     those of lower columns are preferred. So k columns come before x: a contradiction.
 
-    To hide columns before the maxima would slow the one pass over all similarities. They are hidden
-    afterwards, so two maxima may be hidden columns' (of the group of ``own``, and of the group that
-    ``rows`` cuts in two), and two groups more are chosen.
+    Hiding columns before the maxima would slow the one pass over all similarities. They are hidden
+    afterwards, so two maxima may belong to hidden columns (in the group of ``own``, and in the
+    group that ``rows`` cuts in two), and two more groups are chosen.
     """
     group = _group_size(similarity.shape[1], k)
     if group == 1:
@@ -134,7 +133,7 @@ def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -
         return Neighbors(*_top_k(jnp.where(hidden, -jnp.inf, similarity), k))
     grouped = similarity.reshape(similarity.shape[0], -1, group)
     starts = jnp.arange(grouped.shape[1]) * group
-    # Not jnp.max, which XLA's CPU hands to a library that is slower on rows so short.
+    # Not jnp.max: XLA's CPU calls a library for it that is slower on such short rows.
     peak = lax.reduce(grouped, -jnp.inf, lambda a, b: jnp.where(a > b, a, b), (2,))
     peak, chosen = _top_k(jnp.where(starts < rows, peak, -jnp.inf), k + 2)
     chosen = jnp.sort(chosen, axis=1)
@@ -147,7 +146,7 @@ def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """``lax.top_k``; on CPU by slices, as XLA gives each call one thread but runs several."""
+    """``lax.top_k``; on CPU by slices, because XLA gives each call one thread but runs several."""
 
     def sliced(x: Array) -> tuple[Array, ...]:
         parts = [lax.top_k(part, k) for part in jnp.split(x, max(1, x.shape[0] // CPU_ROWS))]
@@ -159,7 +158,7 @@ def _top_k(x: Array, k: int) -> tuple[Array, Array]:
 def in_blocks(
     function: Callable[..., _Result], arrays: tuple[Array, ...], *, block: int
 ) -> _Result:
-    """``function`` over blocks of the arrays' rows, one after the other; the results joined."""
+    """Apply ``function`` to blocks of the arrays' rows in turn, and join the results."""
     rows = arrays[0].shape[0]
     blocks, block = block_rows(rows, block)
     split = [pad_rows(x, blocks * block).reshape(blocks, block, *x.shape[1:]) for x in arrays]
@@ -168,7 +167,7 @@ def in_blocks(
 
 
 def block_rows(rows: int, block: int) -> tuple[int, int]:
-    """How many blocks of at most about ``block`` rows, and the rows of each."""
+    """Number of blocks of at most about ``block`` rows, and the rows of each."""
     blocks = -(-rows // block)
     return blocks, round_up(-(-rows // blocks), CPU_ROWS)
 
