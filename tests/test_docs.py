@@ -19,6 +19,9 @@ from mmljax.config import SyntheticConfig
 DOCS = small_runs.ROOT / "docs"
 PHOTOGRAPHS = small_runs.ROOT.parent / "shared" / "data" / "grocery" / "grocery_inshop.zip"
 
+# Of this checkout, also where the installed console script is of another one.
+MMLJAX = 'mmljax() { python -m mmljax "$@"; }'
+
 pytestmark = pytest.mark.slow
 
 
@@ -100,13 +103,12 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
     )
     assert len(blocks) == 10
     photographs(tmp_path / "photos")
-    (tmp_path / "configs").symlink_to(small_runs.ROOT / "configs")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = small_runs.environment(PATH=path, PYTHONPATH=str(small_runs.ROOT))
     printed = []
     for number, block in enumerate(blocks, 1):
         done = subprocess.run(
-            ["bash", "-c", block],
+            ["bash", "-c", f"{MMLJAX}\n{block}"],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
