@@ -138,7 +138,7 @@ def write_page(
         "run": run.resolve().name,
         "step": records.step,
         "scores": _score_table(read_metrics(run, kind="evaluation"), records.step),
-        "stamp": records.protocol,
+        "protocol": records.protocol,
         "curves": _curves(read_run(run) if table is None else table),
         "categories": _category_table(records),
         "left_out": max(0, len(set(_categories(records))) - _CATEGORIES),

@@ -1,4 +1,4 @@
-"""Fetched columns are the right rows, their gradients come home, and draws are fair."""
+"""Fetched columns are the right rows, gradients return to their owners, draws are uniform."""
 
 from __future__ import annotations
 
