@@ -118,3 +118,14 @@ def test_documented_settings_are_keys_of_the_config():
                 break  # hyperparameters are checked when they are bound
             assert name in node, setting
             node = node[name]
+
+
+def test_files_and_tests_named_in_the_docs_exist():
+    text = "\n".join(page.read_text() for page in [*PAGES, ROOT / "CONTRIBUTING.md"])
+    folders = "benchmarks|configs|examples|launch|mmljax|notebooks|tests"
+    files = set(re.findall(rf"`((?:{folders})/[\w/]+\.(?:py|ipynb|sh))", text))
+    modules = {f"{name.replace('.', '/')}.py" for name in re.findall(r"benchmarks\.[a-z_]+", text)}
+    assert not [name for name in files | modules if not (ROOT / name).is_file()]
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", text))
+    assert not [name for name in named if f"def {name}(" not in tests]
