@@ -63,7 +63,7 @@ class Page(HTMLParser):
 def test_every_page_is_in_the_site_and_loads_nothing_from_elsewhere(site):
     for source in DOCS.rglob("*.md"):
         place = source.relative_to(DOCS).with_suffix("")
-        path = site / ("" if place.name == "index" else place) / "index.html"
+        path = site / (place.parent if place.name == "index" else place) / "index.html"
         page = Page(path)
         assert page.loaded
         assert not [address for address in page.loaded if "//" in address], source

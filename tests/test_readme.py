@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mmljax
 from mmljax.cli import command
-from mmljax.config import from_mapping, load_config
+from mmljax.config import Config, from_mapping, load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,6 +37,38 @@ def test_commands_that_ci_reads_are_there():
         (block,) = re.findall(rf"<!-- {marker} -->\n```bash\n(.+)\n```\n", README)
         assert block.count("\n") == 0
         assert block.count(" && ") == 2
+
+
+def bind(config: Config) -> None:
+    """Bind the losses, miners and combination of a config, so that wrong names are errors."""
+    mmljax.MultiObjective(
+        config.objectives,
+        classes=10_000,
+        dimension=8,
+        combination=config.combination.name,
+        combination_params=config.combination.params,
+        surgery=config.combination.surgery,
+    )
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+def test_losses_of_the_api_page_run():
+    namespace: dict[str, Any] = {}
+    exec(python_blocks("reference/api.md")[0], namespace)
+    assert namespace["loss"] > 0
+    assert namespace["scores"]["queries"] == 6
+
+
+def test_config_of_the_choosing_page():
+    namespace: dict[str, Any] = {}
+    exec(python_blocks("choosing.md")[0], namespace)
+    config = from_mapping(namespace["get_config"]())
+    bind(config)
+    assert list(config.objectives) == ["pair", "proxy"]
+    assert config.objectives["pair"].params == {"alpha": 2.0, "beta": 20.0}
 
 
 def documented_commands() -> list[tuple[str, str]]:
@@ -65,7 +98,7 @@ def test_documented_command_parses(page, line, monkeypatch):
     options = command.parse(words)
     if getattr(options, "config", None) in (None, "mine.py", "FILE.py"):
         return
-    load_config(options.config, options.overrides)
+    bind(load_config(options.config, options.overrides))
 
 
 def test_documented_settings_are_keys_of_the_config():
@@ -85,3 +118,14 @@ def test_documented_settings_are_keys_of_the_config():
                 break  # hyperparameters are checked when they are bound
             assert name in node, setting
             node = node[name]
+
+
+def test_files_and_tests_named_in_the_docs_exist():
+    text = "\n".join(page.read_text() for page in [*PAGES, ROOT / "CONTRIBUTING.md"])
+    folders = "benchmarks|configs|examples|launch|mmljax|notebooks|tests"
+    files = set(re.findall(rf"`((?:{folders})/[\w/]+\.(?:py|ipynb|sh))", text))
+    modules = {f"{name.replace('.', '/')}.py" for name in re.findall(r"benchmarks\.[a-z_]+", text)}
+    assert not [name for name in files | modules if not (ROOT / name).is_file()]
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", text))
+    assert not [name for name in named if f"def {name}(" not in tests]

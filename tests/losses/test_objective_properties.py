@@ -1,6 +1,6 @@
 """One table: every objective (rows) has every property below.
 
-``docs/objectives.md`` shows the same table; a property is one test function here.
+``docs/proofs.md`` shows the same table; a property is one test function here.
 """
 
 from __future__ import annotations
