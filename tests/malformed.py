@@ -1,4 +1,4 @@
-"""Malformed inputs by the hundred, each drawn by a seeded generator and wrong for certain.
+"""Hundreds of malformed inputs, each drawn by a seeded generator and certainly invalid.
 
 A family is a function of a random generator and a folder of its own that makes one input and
 returns the call that reads it. The call must raise ``UserError``, or return how many it skipped and
@@ -31,7 +31,7 @@ def pick(random: Random, choices: Sequence[Any]) -> Any:
 
 
 def garbage(random: Random, size: int | None = None) -> bytes:
-    """Random bytes, of which the first is no ASCII and so no text in UTF-8."""
+    """Random bytes; the first makes them invalid UTF-8."""
     size = int(random.integers(1, 400)) if size is None else size
     return b"\xff" + random.bytes(size)
 
@@ -84,7 +84,7 @@ def _images(folder: Path, rows: list[list[str]]) -> None:
 
 
 def _spoil(random: Random, rows: list[list[str]]) -> list[list[str]]:
-    """Rows of which one, or its relation to the others, is wrong."""
+    """Rows with one error, in a row or between rows."""
     row = rows[int(random.integers(len(rows)))]
     kind = int(random.integers(8))
     if kind == 0:
@@ -213,7 +213,7 @@ def class_folders(random: Random, folder: Path) -> Attempt:
 
 
 def photograph(random: Random, kind: str) -> bytes:
-    """A whole image of noise."""
+    """A valid image of noise."""
     pixels = random.integers(0, 256, (40, 30, 3)).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
@@ -297,7 +297,7 @@ def image_evaluated(random: Random, folder: Path) -> Attempt:
 
 
 def image_skipped(random: Random, folder: Path) -> Attempt:
-    """A training image, where such are to be skipped: a warning tells of each."""
+    """A training image with ``corrupt=skip``: a warning for each."""
     import logging
 
     from mmljax.data.pipeline import train_batches
@@ -307,9 +307,9 @@ def image_skipped(random: Random, folder: Path) -> Attempt:
     split = split._replace(labels=np.array([0, 0, 1, 1], np.int32))
 
     def attempt() -> int:
-        told: list[logging.LogRecord] = []
+        records: list[logging.LogRecord] = []
         handler = logging.Handler()
-        handler.emit = told.append  # type: ignore[method-assign]
+        handler.emit = records.append  # type: ignore[method-assign]
         log = logging.getLogger("mmljax.data.pipeline")
         log.addHandler(handler)
         try:
@@ -325,7 +325,7 @@ def image_skipped(random: Random, folder: Path) -> Attempt:
             )
         finally:
             log.removeHandler(handler)
-        return len(told)
+        return len(records)
 
     return attempt
 
@@ -339,7 +339,7 @@ def image_left_out(random: Random, folder: Path) -> Attempt:
 
 
 def image_shown(random: Random, folder: Path) -> Attempt:
-    """An image of which a page or a table wants a thumbnail."""
+    """An image that needs a thumbnail for a page or a table."""
     from mmljax.data.thumbnails import thumbnail
 
     split = _split([broken_image(random)], folder, random)
@@ -430,7 +430,7 @@ def _safetensors(header: Any, data: bytes) -> bytes:
 
 
 def weight_file(random: Random, folder: Path) -> Attempt:
-    """A file of weights from a stranger."""
+    """An untrusted file of weights."""
     from mmljax.models.weight_files import read_weights
 
     tensor = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -478,7 +478,7 @@ _NESTED = ("data", "model", "optimizer", "evaluation", "checkpoint", "log", "mem
 
 
 def config_values(random: Random, folder: Path, *, plain: dict[str, Any]) -> Attempt:
-    """A config that a program has made, in one value of which there is no sense."""
+    """A config with one invalid value."""
     from mmljax.config import from_mapping
 
     config = json.loads(json.dumps(plain))
@@ -628,7 +628,7 @@ def checkpoint_read(random: Random, folder: Path, *, run: Path) -> Attempt:
 
 
 def checkpoint_passed_over(random: Random, folder: Path, *, run: Path, state: Any) -> Attempt:
-    """A file of the last checkpoint, when a run goes on: the one before is taken, whole."""
+    """A file of the last checkpoint, on resuming: the checkpoint before is used."""
     from mmljax.training.checkpoints import TORN, Checkpoints
 
     directory = folder / "checkpoints"

@@ -14,7 +14,7 @@ SPLITS = ("train", "query", "gallery")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type of whole numbers from ``least``."""
+    """An argparse type: a whole number of at least ``least``."""
 
     def number(text: str) -> int:
         value = int(text)

@@ -36,7 +36,7 @@ from mmljax.files import written_atomically
 from mmljax.inference.embed import embed_images, progress_bar
 from mmljax.inference.embedder import TrainedEmbedder
 from mmljax.mesh import to_host
-from mmljax.retrieval.evaluate import retrieval_scores
+from mmljax.retrieval.evaluate import Retrieval, retrieval_scores
 from mmljax.retrieval.search import sharded_nearest_neighbors
 from mmljax.runs.html import category
 from mmljax.text import one_line
@@ -88,13 +88,6 @@ def atlas_table(trained: TrainedEmbedder, dataset: Dataset, *, projection: str) 
         chunk=trained.config.evaluation.gallery_chunk,
         mesh=trained.mesh,
     )
-    rows, similarity = result.neighbors, result.similarity
-    if gallery is not None:
-        first = len(vectors["query"])
-        others = _neighbors_within(trained, gallery, k=rows.shape[1])
-        k = others[0].shape[1]
-        rows = np.concatenate([rows[:, :k], others[0]]) + first
-        similarity = np.concatenate([similarity[:, :k], others[1]])
     names = np.concatenate([split.names for split in splits.values()]).astype(str)
     labels = np.concatenate([split.labels for split in splits.values()])
     plane = _project(np.concatenate(list(vectors.values())), projection)
@@ -113,7 +106,7 @@ def atlas_table(trained: TrainedEmbedder, dataset: Dataset, *, projection: str) 
             "x": plane[:, 0].astype(np.float32),
             "y": plane[:, 1].astype(np.float32),
             "thumbnail": _thumbnails(splits),
-            "neighbors": _neighbor_column(rows, similarity),
+            "neighbors": _neighbor_column(*_neighbors(trained, result, gallery)),
         }
     )
 
@@ -143,6 +136,21 @@ def opening_command(path: Path) -> str:
     return (
         f"embedding-atlas {shlex.quote(str(path))} --x x --y y --image thumbnail "
         "--neighbors neighbors"
+    )
+
+
+def _neighbors(
+    trained: TrainedEmbedder, result: Retrieval, gallery: Float[np.ndarray, "g d"] | None
+) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
+    """Rows of the table and similarities of the neighbours of queries and gallery images."""
+    rows, similarity = result.neighbors, result.similarity
+    if gallery is None:
+        return rows, similarity
+    others = _neighbors_within(trained, gallery, k=rows.shape[1])
+    k = others[0].shape[1]
+    return (
+        np.concatenate([rows[:, :k], others[0]]) + len(rows),
+        np.concatenate([similarity[:, :k], others[1]]),
     )
 
 

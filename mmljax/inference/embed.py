@@ -161,7 +161,7 @@ def embedded_parts(
     Args:
       trained: the network.
       split: the images.
-      rows_per_part: about how many images; parts are of whole batches except for the last.
+      rows_per_part: about how many images; all parts but the last consist of full batches.
       skip_corrupt: as :func:`embed_images`.
       skip: whether the part of a number is finished already.
       progress: whether to show a progress bar, where stderr is a terminal.

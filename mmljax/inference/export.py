@@ -216,7 +216,7 @@ def export_run(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str
     """Write the three files, and return the receipt.
 
     They are made and checked in ``folder/.partial``, then moved, the receipt last. A process killed
-    before the move leaves the old files; one killed during it leaves whole files and no receipt.
+    before the move leaves the old files; during it, complete files without a receipt.
 
     Args:
       trained: the network.

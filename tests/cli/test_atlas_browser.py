@@ -94,7 +94,7 @@ def drawn_points(page):
 
 
 def row_at(page, pixel, places):
-    """The row whose point is at a pixel, as the explorer tells by the image's name."""
+    """The row whose point is at a pixel, by the image name that the explorer shows."""
     titles = page.locator("[title]")
     before = titles.evaluate_all("all => all.map((one) => one.title)")
     page.mouse.click(*pixel)
@@ -108,7 +108,7 @@ def row_at(page, pixel, places):
 def test_points_are_where_the_projection_puts_them(shown, rows):
     assert f"{len(rows)} points" in shown.inner_text("body")
     pixels = drawn_points(shown)
-    assert len(pixels) > 3 * len(rows)  # several for each, less what lies upon another
+    assert len(pixels) > 3 * len(rows)  # several for each, except where points overlap
     outermost = [pixels[:, 0].argmin(), pixels[:, 0].argmax()]
     outermost += [pixels[:, 1].argmin(), pixels[:, 1].argmax()]
     at = pixels[outermost]

@@ -73,7 +73,7 @@ FAMILIES = {  # and how many of each
 
 
 @pytest.mark.slow
-# Where one read of a damaged checkpoint fails, orbax leaves those beside it unfinished.
+# When a read of a damaged checkpoint fails, orbax leaves the reads beside it unfinished.
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
 )
@@ -103,7 +103,7 @@ def test_malformed_inputs_are_named_or_skipped_and_counted(saved_run, tmp_path, 
                 skipped, named = 0, str(error)
             except Exception as error:
                 raise AssertionError(f"{what}: a traceback in place of a named error") from error
-            assert skipped > 0 or named, f"{what}: taken for sound"
+            assert skipped > 0 or named, f"{what}: was accepted"
             assert "\n" not in named, what
             counted["named" if named else "skipped"] += 1
             assert not malformed.Trap.sprung.exists(), f"{what}: a pickle ran"
@@ -204,9 +204,11 @@ def sight(tmp_path_factory):
 def embeddings(tmp_path_factory):
     """A file of embeddings."""
     table = embeddings_table(np.array(["a", "b"]), np.array([0, 1], np.int32), np.eye(2, 16))
-    told = {"format": FORMAT, "rows": 2, "embedding_size": 16, "weights": "\x1b[31m"}
+    metadata = {"format": FORMAT, "rows": 2, "embedding_size": 16, "weights": "\x1b[31m"}
     path = tmp_path_factory.mktemp("embeddings") / "e.parquet"
-    parquet.write_table(table.replace_schema_metadata({METADATA: json.dumps(told).encode()}), path)
+    parquet.write_table(
+        table.replace_schema_metadata({METADATA: json.dumps(metadata).encode()}), path
+    )
     return path
 
 

@@ -28,8 +28,8 @@ def loaded_once(monkeypatch):
 def write_gallery(path: Path, vectors: np.ndarray, labels: np.ndarray) -> Path:
     names = np.array([f"image {i}" for i in range(len(vectors))])
     table = embeddings_table(names, labels, vectors)
-    told = {"format": FORMAT, "rows": len(vectors), "embedding_size": vectors.shape[1]}
-    table = table.replace_schema_metadata({METADATA: json.dumps(told).encode()})
+    metadata = {"format": FORMAT, "rows": len(vectors), "embedding_size": vectors.shape[1]}
+    table = table.replace_schema_metadata({METADATA: json.dumps(metadata).encode()})
     parquet.write_table(table, path, row_group_size=7)
     return path
 

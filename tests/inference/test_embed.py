@@ -1,4 +1,4 @@
-"""Files of embeddings: equal to the trainer's evaluation, whole after any interruption."""
+"""Files of embeddings: equal to the trainer's evaluation, complete after any interruption."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_a_split_has_the_embeddings_of_the_trainers_evaluation(saved_run, tmp_pa
     np.testing.assert_array_equal(vectors_of(path), expected)
     assert table["label"].to_pylist() == labels.tolist()
     assert table["id"].to_pylist() == images.names.tolist()
-    told = metadata(path)
-    assert (told["run"], told["step"], told["source"]) == ("run", 3, f"split {split}")
-    assert (told["rows"], told["left_out"], told["embedding_size"]) == (len(labels), 0, 16)
+    found = metadata(path)
+    assert (found["run"], found["step"], found["source"]) == ("run", 3, f"split {split}")
+    assert (found["rows"], found["left_out"], found["embedding_size"]) == (len(labels), 0, 16)
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[16]"
 
 
@@ -243,8 +243,8 @@ def test_a_corrupt_image_is_named_or_left_out_and_counted(colour_run, tmp_path, 
     np.testing.assert_allclose(
         vectors_of(tmp_path / "y.parquet"), vectors_of(tmp_path / "good.parquet"), atol=1e-6
     )
-    told = metadata(tmp_path / "y.parquet")
-    assert (told["images"], told["rows"], told["left_out"]) == (6, 4, 2)
+    found = metadata(tmp_path / "y.parquet")
+    assert (found["images"], found["rows"], found["left_out"]) == (6, 4, 2)
     shown = capsys.readouterr().err
     assert "left out: 15.JPG" in shown
     assert "4 embeddings" in shown

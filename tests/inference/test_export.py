@@ -57,12 +57,12 @@ def test_the_file_gives_the_trainers_embeddings_for_any_number_of_images(saved_r
         np.testing.assert_allclose(got, expected[:count], atol=1e-5)
 
 
-def test_the_lines_that_load_it_run_as_they_are_told(exported):
-    told = json.loads((exported[0] / "embedder.json").read_text())
-    assert told["platforms"] == ["cpu", "cuda", "tpu"]
-    assert told["refused_platforms"] == {}
-    assert len(told["load"]) == 5
-    code = "\n".join([*told["load"], "print(embeddings.shape, (embeddings ** 2).sum())"])
+def test_the_lines_that_load_it_run_as_written(exported):
+    found = json.loads((exported[0] / "embedder.json").read_text())
+    assert found["platforms"] == ["cpu", "cuda", "tpu"]
+    assert found["refused_platforms"] == {}
+    assert len(found["load"]) == 5
+    code = "\n".join([*found["load"], "print(embeddings.shape, (embeddings ** 2).sum())"])
     done = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=exported[0], capture_output=True, text=True
     )
