@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from mmljax.config import Config, DataConfig, choose
+from mmljax.data.limits import check_sizes
 from mmljax.data.readers.arrays import read_arrays
 from mmljax.data.readers.csv import read_csv
 from mmljax.data.readers.folder import read_folder
@@ -85,12 +87,13 @@ def _pipeline(split: Split) -> Any:
 
 
 def check_batches(dataset: Dataset, config: Config) -> None:
-    """Refuse batch sizes that the devices or the classes cannot fill.
+    """Refuse sizes of batches and images that devices, classes or memory cannot hold.
 
     Raises:
       UserError: with the sizes and the cure.
     """
     data = config.data
+    check_sizes(data, processes=jax.process_count())
     process_rows(data.batch_size, key="config.data.batch_size")
     process_rows(data.eval_batch_size, key="config.data.eval_batch_size")
     check_batch(

@@ -129,8 +129,7 @@ def check_evaluation(dataset: Dataset, config: Config) -> None:
 
     Raises:
       UserError: a K of Recall@K is below 1 or above the gallery, no query has an image of its item
-        in the gallery, images would be cropped to more than they are resized to, or scikit-learn is
-        asked for and absent.
+        in the gallery, or scikit-learn is asked for and absent.
     """
     from mmljax.retrieval.diagnostics import check_clustering
 
@@ -138,12 +137,6 @@ def check_evaluation(dataset: Dataset, config: Config) -> None:
     relevant = relevant_counts(query.labels, None if gallery is None else gallery.labels)
     candidates = len(query.labels) - 1 if gallery is None else len(gallery.labels)
     check_recall_at(config.evaluation.recall_at, candidates=candidates, relevant=relevant)
-    if config.data.resize_size < config.data.image_size:
-        raise UserError(
-            f"--config.data.resize_size={config.data.resize_size} is below "
-            f"--config.data.image_size={config.data.image_size}: an image is resized, then cropped "
-            "to image_size; raise resize_size"
-        )
     if config.evaluation.clustering:
         check_clustering()
 

@@ -54,3 +54,11 @@ def test_a_mistake_in_the_config_is_one_line(tmp_path: Path, capsys) -> None:
     shown = capsys.readouterr().err
     assert shown.startswith("mmljax: error:")
     assert "batch_size" in shown
+
+
+def test_generated_images_are_not_written(tmp_path: Path, capsys) -> None:
+    images = tmp_path / "images"
+    options = [f"--config.data.directory={images}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["doctor", "--config", "quickstart", *options]) == 0
+    assert verdicts(capsys.readouterr().out)[4:] == ["skip"] * 4
+    assert not images.exists()

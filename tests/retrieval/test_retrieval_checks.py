@@ -72,12 +72,11 @@ def split(labels: list[int]) -> Split:
 
 
 def evaluation(
-    query: list[int], gallery: list[int] | None, *, recall_at: tuple[int, ...], resize: int = 28
+    query: list[int], gallery: list[int] | None, *, recall_at: tuple[int, ...]
 ) -> tuple[Dataset, Any]:
     dataset = Dataset(split([0]), split(query), gallery and split(gallery), classes=1)
     config = SimpleNamespace(
         evaluation=SimpleNamespace(recall_at=recall_at, clustering=False),
-        data=SimpleNamespace(resize_size=resize, image_size=28),
     )
     return dataset, config
 
@@ -96,7 +95,6 @@ def test_an_evaluation_without_recall_at_1_passes(gallery: list[int] | None) -> 
         ([1, 1, 2], None, {"recall_at": ()}, "recall_at must hold"),
         ([1, 2, 3], None, {"recall_at": (1,)}, "no query has an image of its item"),
         ([1, 2, 3], [4, 5], {"recall_at": (1,)}, "no query has an image of its item"),
-        ([1, 1], None, {"recall_at": (1,), "resize": 27}, "resize_size=27 is below .*=28"),
     ],
 )
 def test_an_evaluation_that_must_fail_is_refused(
