@@ -203,24 +203,17 @@ def retrieval_scores(
         chunk=chunk,
         mesh=mesh,
     )
-    extra = {}  # while the devices search
-    if geometry or clustering:
-        vectors, labels = to_host(queries), query_labels
-        if own is None:
-            vectors = np.concatenate([vectors, to_host(against)])
-            labels = np.concatenate([labels, gallery_labels])
-        extra = _diagnostics(vectors, labels, geometry=geometry, clustering=clustering)
+    splits = [(queries, query_labels)]
+    if gallery is not None:
+        splits.append((gallery, gallery_labels))
+    extra = _diagnostics(splits, geometry=geometry, clustering=clustering)  # during the search
     values, neighbors, similarity = jax.tree.map(to_host, on_device)
     counted = relevant > 0
     per_query = {
         name: np.where(counted, value, np.float32(np.nan)) for name, value in values.items()
     }
-    means = {
-        name: float(np.sum(value[counted], dtype=np.float64) / np.sum(counted))
-        for name, value in per_query.items()
-    }
     return Retrieval(
-        scores=means | extra,
+        scores=_means(per_query, counted) | extra,
         queries=len(queries),
         gallery=len(against),
         lone_queries=int(np.sum(~counted)),
@@ -286,10 +279,23 @@ def _by_list(relevant: Array, relevant_count: Array, most: int) -> dict[str, Val
     }
 
 
+def _means(per_query: dict[str, np.ndarray], counted: np.ndarray) -> dict[str, float]:
+    """The mean of each score over the counted queries, summed in float64."""
+    return {
+        name: float(np.sum(value[counted], dtype=np.float64) / np.sum(counted))
+        for name, value in per_query.items()
+    }
+
+
 def _diagnostics(
-    vectors: np.ndarray, labels: np.ndarray, *, geometry: bool, clustering: bool
+    splits: list[tuple[Any, np.ndarray]], *, geometry: bool, clustering: bool
 ) -> dict[str, float]:
-    scores = {}
+    """Diagnostics of the embeddings of all splits together; nothing is fetched for none."""
+    scores: dict[str, float] = {}
+    if not (geometry or clustering):
+        return scores
+    vectors = np.concatenate([to_host(split_vectors) for split_vectors, _ in splits])
+    labels = np.concatenate([split_labels for _, split_labels in splits])
     if geometry:
         scores["embedding_density"] = embedding_density(vectors, labels)
         scores["spectral_decay"] = spectral_decay(vectors)
