@@ -470,9 +470,12 @@ def test_head(pooling: str, layer_norm: str) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_pixels(channels: int, norm: str) -> None:
     x = noise(2, 5, 4, channels)
-    imagenet = channels == 3 and norm == "imagenet"
-    mean = [0.485, 0.456, 0.406] if imagenet else [0.5] * channels
-    deviation = [0.229, 0.224, 0.225] if imagenet else [0.5] * channels
+    values = {
+        "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        "half": ([0.5] * 3, [0.5] * 3),
+        "efficientnet_lite": ([127 / 255] * 3, [128 / 255] * 3),
+    }
+    mean, deviation = values[norm] if channels == 3 else ([0.5] * channels, [0.5] * channels)
     expected = np.stack(
         [(x[..., c] / 255 - mean[c]) / deviation[c] for c in range(channels)], axis=-1
     )
