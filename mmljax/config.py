@@ -26,6 +26,7 @@ from typing import Annotated, Any, NamedTuple
 from mmljax.errors import UserError
 from mmljax.text import nearest, one_line
 
+_MOST_STEPS = 2e9  # the step is a 32-bit integer
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%)\s*")
 
 
@@ -418,6 +419,8 @@ def steps(duration: str, size: RunSize, *, key: str) -> int:
             + ("" if size.total_steps is None else " or '10%'")
         )
     number = float(match[1])
+    if number >= _MOST_STEPS:
+        raise UserError(f"--{key} is {number:g} {match[2]}, beyond {_MOST_STEPS:g}; lower it")
     unit = match[2].rstrip("s")
     if unit == "epoch":
         return round(number * size.train_examples / size.batch_size)

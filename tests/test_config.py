@@ -100,6 +100,12 @@ def test_bad_duration_is_named(text: str) -> None:
         config_lib.steps(text, config_lib.RunSize(1, 1), key="config.optimizer.warmup")
 
 
+@pytest.mark.parametrize("text", ["9" * 400 + " steps", "3000000000 examples"])
+def test_a_duration_beyond_32_bits_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--config.duration is .* beyond 2e.09; lower it"):
+        config_lib.steps(text, config_lib.RunSize(1, 1), key="config.duration")
+
+
 def test_percentage_needs_a_total() -> None:
     with pytest.raises(UserError, match="--config.duration='10%'"):
         config_lib.steps("10%", config_lib.RunSize(1, 1), key="config.duration")

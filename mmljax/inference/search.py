@@ -39,7 +39,7 @@ def search(
 
     if len(names):
         queries = jnp.asarray(vectors)
-        found = streamed_nearest_neighbors(queries, gallery.vectors, k=k, chunk=CHUNK)
+        found = streamed_nearest_neighbors(queries, gallery.vectors, k=k, chunk=CHUNK, unit=True)
         similarity, indices = (np.asarray(x).ravel() for x in found)
     else:
         similarity, indices = np.zeros(0, np.float32), np.zeros(0, np.int32)

@@ -140,6 +140,11 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         weights.
     """
     dtype = choose(COMPUTE_DTYPES, config.compute_dtype, key="config.model.compute_dtype")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise UserError(
+            "--config.model.compute_dtype=float64 would be computed in float32: set the "
+            "environment variable JAX_ENABLE_X64=1, or use float32"
+        )
     frozen = choose(BATCH_NORMS, config.batch_norm, key="config.model.batch_norm")
     backbone = make_backbone(
         config.backbone, width=config.width, channels=channels, dtype=dtype, rngs=rngs

@@ -40,13 +40,19 @@ def slow_search(queries, gallery, *, k):
     return order, np.take_along_axis(similarity, order, axis=1)
 
 
+def exact_unit_vectors(random: np.random.Generator, rows: int) -> np.ndarray:
+    """Four of six coordinates are +-1/2: inner products are exact and many are equal."""
+    vectors = np.zeros((rows, 6), np.float32)
+    for row in vectors:
+        row[random.permutation(6)[:4]] = random.choice([-0.5, 0.5], 4)
+    return vectors
+
+
 @pytest.mark.parametrize("chunk", [1, 128, 32768])
 @pytest.mark.parametrize("rows", [5, 300])
 def test_answers_equal_a_slow_argsort_with_ties(tmp_path, monkeypatch, rows, chunk):
     random = np.random.default_rng(rows)
-    # Multiples of 1/4, so that sums are exact in float32 and many are equal.
-    gallery = (random.integers(-2, 3, (rows, 6)) / 4).astype(np.float32)
-    queries = (random.integers(-2, 3, (9, 6)) / 4).astype(np.float32)
+    gallery, queries = exact_unit_vectors(random, rows), exact_unit_vectors(random, 9)
     labels = random.integers(-1, 4, rows)
     monkeypatch.setattr(search, "CHUNK", chunk)
     opened = read_gallery(write_gallery(tmp_path / "g.parquet", gallery, labels))
@@ -60,6 +66,19 @@ def test_answers_equal_a_slow_argsort_with_ties(tmp_path, monkeypatch, rows, chu
     assert table["similarity"].to_pylist() == similarity.ravel().tolist()
     expected = [None if labels[i] < 0 else labels[i] for i in order.ravel()]
     assert table["label"].to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "1 of 300 gallery .* not finite: the first is row 7"), (2.0, "not of unit length")],
+)
+def test_a_gallery_row_that_cannot_be_ranked_is_refused(tmp_path, value, message) -> None:
+    random = np.random.default_rng(0)
+    gallery = exact_unit_vectors(random, 300)
+    gallery[7, 0] = value
+    opened = read_gallery(write_gallery(tmp_path / "g.parquet", gallery, np.arange(300)))
+    with pytest.raises(UserError, match=message):
+        search.search(opened, np.array(["q"]), exact_unit_vectors(random, 1), k=5)
 
 
 @pytest.fixture(scope="module")

@@ -516,3 +516,8 @@ def test_seed_decides_the_parameters() -> None:
 def test_unknown_names(field: str, value: str, near: str) -> None:
     with pytest.raises(UserError, match=f"--config.model.{field}='{value}'.*{near}"):
         nnx.eval_shape(lambda: embedder(**{field: value}))
+
+
+def test_float64_without_x64_is_refused() -> None:
+    with pytest.raises(UserError, match="compute_dtype=float64 .* JAX_ENABLE_X64=1"):
+        nnx.eval_shape(lambda: embedder(compute_dtype="float64"))
