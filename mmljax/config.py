@@ -110,26 +110,32 @@ class ModelConfig:
 class Objective:
     """One objective of a run or of a :class:`mmljax.MultiObjective`.
 
-    Shares are targets for its part of the weighted gradient norms, used by combination ``share``.
-    They are normalised over the objectives in each group, so they need not sum to 1.
-
     >>> Objective("proxy_anchor", {"margin": 0.2}, weight=0.03).params
     {'margin': 0.2}
+
+    Args:
+      loss: a name of :mod:`mmljax.losses`.
+      params: hyperparameters of the loss.
+      weight: of the loss, or the value from which learning starts.
+      embedding_share: target for its part of the weighted gradient norms at the embeddings, used
+        by combination ``share``. The shares are normalised over the objectives, so they need not
+        sum to 1.
+      proxy_share: the same at the proxies.
+      mining: a rule of :mod:`mmljax.miners`; ``none`` keeps every pair.
+      mining_params: hyperparameters of the rule.
+      memory: whether the cross-batch memory joins its references.
+      sampled_proxies: of a loss between proxies, the columns drawn per step; 0 for all.
     """
 
-    loss: str  # a key of losses.registry.LOSSES
-    params: Mapping[str, float | int | str] = dataclasses.field(
-        default_factory=dict
-    )  # hyperparameters of the loss
-    weight: NotNegative = 1.0  # of the loss, or the value from which learning starts
-    embedding_share: Share = 0.0  # at the embeddings
-    proxy_share: Share = 0.0  # at the proxies
-    mining: str = "none"  # a key of losses.registry.MINERS
-    mining_params: Mapping[str, float | int | str] = dataclasses.field(
-        default_factory=dict
-    )  # hyperparameters of the miner
-    memory: bool = False  # whether the cross-batch memory joins its references
-    sampled_proxies: Natural = 0  # of a loss between proxies: columns drawn per step; 0 for all
+    loss: str
+    params: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
+    weight: NotNegative = 1.0
+    embedding_share: Share = 0.0
+    proxy_share: Share = 0.0
+    mining: str = "none"
+    mining_params: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
+    memory: bool = False
+    sampled_proxies: Natural = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,10 +123,10 @@ def test_damaged_config(copy):
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         load_embedder(copy)
     path.write_text("[]")
-    with pytest.raises(UserError, match="no config of this version"):
+    with pytest.raises(UserError, match="not a config of this version"):
         load_embedder(copy)
     path.write_text(json.dumps(json.loads(text) | {"sed": 1}))
-    with pytest.raises(UserError, match="no config of this version.*sed is unknown"):
+    with pytest.raises(UserError, match="not a config of this version.*sed is unknown"):
         load_embedder(copy)
 
 

@@ -56,7 +56,7 @@ def test_own_loop_equals_the_step_of_the_trainer(
         batches = [(inputs.astype(dtype), labels) for inputs, labels in batches]
         mesh = make_mesh(jax.devices()[:devices])
         step = example["step"] if devices == 1 else example["sharded_step"](mesh)
-        gradients = example["gradients"](params, state, *batches[0])[0]
+        gradients = jax.jit(example["gradients"])(params, state, *batches[0])[0]
 
         class Named(nnx.Module):  # as the trainer calls a network
             def __init__(self) -> None:
@@ -141,6 +141,7 @@ def test_padded_rows_have_no_effect() -> None:
     params, state = objective.init(jax.random.key(0))
     embeddings, labels = points(12, 5)
 
+    @jax.jit
     def gradients(embeddings: Any, labels: Any, valid: Any) -> Any:
         def loss(embeddings: Any) -> Any:
             return objective(params, state, embeddings, labels, valid=valid)
@@ -165,10 +166,10 @@ def test_half_precision_embeddings_are_computed_in_float32() -> None:
     def loss(embeddings: Any) -> Any:
         return objective(params, state, embeddings, labels)[0]
 
-    value, gradient = jax.value_and_grad(loss)(half)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(half)
     assert value.dtype == jnp.float32
     assert gradient.dtype == jnp.bfloat16
-    np.testing.assert_allclose(value, loss(half.astype(jnp.float32)), rtol=1e-6)
+    np.testing.assert_allclose(value, jax.jit(loss)(half.astype(jnp.float32)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])

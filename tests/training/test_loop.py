@@ -125,7 +125,7 @@ def test_changed_data_is_refused_when_a_run_resumes(tmp_path: Path) -> None:
 
 def test_recall_need_not_be_at_1(tmp_path: Path) -> None:
     """The best checkpoint is chosen by a score that the run has."""
-    config = make_config(tmp_path, evaluation__recall_at=(2, 4), evaluation__every="5 steps")
+    config = make_config(tmp_path, evaluation__recall_at=(2, 4), duration="2 steps")
     result = train.train(config, tmp_path / "run")
     assert {"recall@2", "recall@4"} <= result["scores"].keys()
     assert "recall@1" not in result["scores"]

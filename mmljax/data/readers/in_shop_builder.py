@@ -178,7 +178,7 @@ def _check_counts(rows: list[InShopRow], directory: str | os.PathLike[str]) -> N
             if found[split] != wanted[split]:
                 raise UserError(
                     f"{os.fspath(directory)}: {found[split]} {what} in {split}, but the benchmark "
-                    f"has {wanted[split]}; fetch it again, or pass check_counts=False for other "
+                    f"has {wanted[split]}; fetch it again, or pass --no-check-counts for other "
                     "data in its layout"
                 )
 
