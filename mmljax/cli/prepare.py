@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from mmljax.errors import UserError
+from mmljax.errors import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prepare the data set."""
-    try:
-        from mmljax.data.readers import in_shop_builder as in_shop
-    except ImportError as error:
-        raise UserError(
-            f"mmljax prepare needs TFDS ({error}): pip install 'mmljax[data]'"
-        ) from error
+    require("tensorflow_datasets", extra="data", purpose="mmljax prepare")
+    from mmljax.data.readers import in_shop_builder as in_shop
+
     in_shop.prepare(
         options.manual_dir,
         options.data_dir,

@@ -18,7 +18,7 @@ from mmljax.data.readers.in_shop import read_in_shop
 from mmljax.data.readers.tfds import read_tfds
 from mmljax.data.sampling import check_batch, class_index
 from mmljax.data.synthetic.dataset import read_synthetic, write_synthetic
-from mmljax.errors import UserError
+from mmljax.errors import require
 from mmljax.mesh import place, process_rows
 from mmljax.types import Batch, Dataset, Split
 
@@ -76,13 +76,10 @@ def _pipeline(split: Split) -> Any:
         from mmljax.data import array_pipeline as arrays
 
         return arrays
-    try:
-        from mmljax.data import pipeline
-    except ImportError as error:
-        raise UserError(
-            f"reading image files needs TensorFlow ({error}); pip install 'mmljax[data]', or set "
-            "--config.data.source='arrays'"
-        ) from error
+    purpose = "reading image files (--config.data.source=arrays does not)"
+    require("tensorflow", extra="data", purpose=purpose)
+    from mmljax.data import pipeline
+
     return pipeline
 
 

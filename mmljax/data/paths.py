@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mmljax.data.tensorflow_devices import import_tensorflow
-from mmljax.errors import UserError
+from mmljax.errors import UserError, require
 
 _SHOWN = 200  # characters of a name in an error
 _LISTINGS = 16  # folders listed at once: a bucket answers many questions as fast as one
@@ -160,13 +160,8 @@ def _unlisted(folder: str | os.PathLike[str], error: Exception) -> UserError:
 
 def _remote(call: Callable[[Any], _T]) -> _T:
     """``call(tf.io.gfile)``, with its errors as those of local files."""
-    try:
-        tf = import_tensorflow()
-    except ImportError as error:
-        raise UserError(
-            f"names with :// are read by TensorFlow ({error}); pip install 'mmljax[data]', or copy "
-            "the data to a local folder"
-        ) from error
+    require("tensorflow", extra="data", purpose="reading names with ://")
+    tf = import_tensorflow()
     try:
         return call(tf.io.gfile)
     except tf.errors.NotFoundError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmljax.config import LogConfig
-from mmljax.errors import UserError
+from mmljax.errors import UserError, require
 from mmljax.files import write_atomically
 from mmljax.text import one_line
 
@@ -141,12 +141,9 @@ def make_loggers(
     for name, asked, kind in (("wandb", log.wandb, WandB), ("mlflow", log.mlflow, MLflow)):
         if not asked:
             continue
+        require(name, extra=name, purpose=f"--config.log.{name}=True")
         try:
             loggers.append(kind(workdir, config=config))
-        except ImportError as error:
-            raise UserError(
-                f"--config.log.{name}=True needs pip install 'mmljax[{name}]' ({error})"
-            ) from error
         except Exception as error:  # an unreachable service fails in any way
             raise UserError(
                 f"--config.log.{name}=True: no run can be started ({one_line(error)}); check its "

@@ -98,5 +98,5 @@ def test_a_csv_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_other_file_systems_need_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(UserError, match=r"names with :// are read by TensorFlow .*mmljax\[data\]"):
+    with pytest.raises(UserError, match=r"reading names with :// needs .*mmljax\[data\]"):
         read_csv("gs://bucket/list.csv")
