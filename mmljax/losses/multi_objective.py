@@ -198,7 +198,9 @@ class MultiObjective:
           labels: classes of the embeddings.
           valid: False on padded rows; all rows count if None.
           axis_name: inside a ``jax.shard_map``, the mesh axis over which the batch and the rows
-            of proxies and memory are split; the loss is that of the global batch.
+            of proxies and memory are split; the loss is that of the global batch. Gradients of
+            replicated network parameters are then summed over the devices by JAX, unless the
+            ``shard_map`` has ``check_vma=False``: sum them yourself there.
 
         Returns:
           ``(loss, (state, ledger))``, the form of ``jax.grad(..., has_aux=True)``.
