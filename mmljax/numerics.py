@@ -1,11 +1,8 @@
 """Numerically stable forms that losses and networks share.
 
 >>> import jax.numpy as jnp
->>> from mmljax.types import Values
->>> float(masked_mean(Values(jnp.array([1.0, 5.0, 3.0]), jnp.array([True, False, True]))))
-2.0
->>> float(masked_mean(Values(jnp.array([1.0]), jnp.array([False]))))
-0.0
+>>> l2_normalize(jnp.array([[3.0, 4.0]])).tolist() == [[0.6000000238418579, 0.800000011920929]]
+True
 """
 
 from __future__ import annotations
@@ -77,7 +74,12 @@ def masked_sum(values: Values) -> tuple[Float[Array, "*terms"], Float[Array, "*t
 
 
 def masked_mean(values: Values) -> Float[Array, "*terms"]:
-    """Mean over the valid rows; 0 where none is valid; a NaN in a valid row stays."""
+    """Mean over the valid rows; 0 where none is valid; a NaN in a valid row stays.
+
+    >>> values = Values(jnp.array([1.0, 5.0, 3.0]), jnp.array([True, False, True]))
+    >>> float(masked_mean(values))
+    2.0
+    """
     total, count = masked_sum(values)
     return total / jnp.maximum(count, 1)
 

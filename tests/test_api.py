@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,10 +57,30 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["mmljax.config", "mmljax.losses.multi_objective", "mmljax.numerics", "mmljax.text"],
+    [
+        "mmljax.config",
+        "mmljax.inference.embedder",
+        "mmljax.losses.multi_objective",
+        "mmljax.numerics",
+        "mmljax.training.loop",
+    ],
 )
-def test_examples_in_docstrings(module: str) -> None:
-    assert doctest.testmod(importlib.import_module(module)).failed == 0
+def test_examples_in_docstrings(module: str, saved_run: Any) -> None:
+    found = doctest.testmod(
+        importlib.import_module(module),
+        extraglobs={"run": saved_run.folder},
+        optionflags=doctest.ELLIPSIS,
+    )
+    assert found.failed == 0
+    assert found.attempted
+
+
+def test_every_public_function_has_an_example() -> None:
+    found = {name: getattr(mmljax, name) for name in mmljax.__all__}
+    for module in ("losses", "miners", "combinations", "metrics"):
+        members = found.pop(module)
+        found |= {f"{module}.{name}": getattr(members, name) for name in members.__all__}
+    assert [n for n, x in found.items() if ">>>" not in (inspect.getdoc(x) or "")] == []
 
 
 def test_a_misspelled_name_is_answered_with_the_nearest() -> None:

@@ -48,6 +48,12 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     ``identity`` has ``config`` (its fingerprint), ``step``, ``weights`` (sixteen hexadecimal
     digits of their bytes) and the sizes.
 
+    >>> trained = load_embedder(run)  # the --workdir of a run
+    >>> size = trained.config.data.image_size
+    >>> vectors = trained.embed(np.zeros((1, size, size, trained.channels), np.uint8))
+    >>> vectors.shape == (1, trained.config.model.embedding_size)
+    True
+
     Args:
       path: a run's directory, its ``checkpoints``, or one of these.
       step: of the checkpoint; the latest if None.

@@ -24,7 +24,12 @@ from mmljax.types import Values
 
 
 class TiedRecall(NamedTuple):
-    """Recall@K under each way of ordering equal similarities."""
+    """Recall@K under each way of ordering equal similarities.
+
+    >>> found = tied_recall_at_k(*map(jnp.array, ([0], [1], [1], [1])), k=1)  # two items tie
+    >>> [float(x.value[0]) for x in found]
+    [0.0, 0.5, 1.0]
+    """
 
     pessimistic: Values  # irrelevant items first
     expected: Values  # the mean over all orders

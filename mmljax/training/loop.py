@@ -42,6 +42,23 @@ def train(
 ) -> dict[str, Any]:
     """Train and evaluate as ``config`` says; resume where ``workdir`` holds an interrupted run.
 
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from mmljax.data.readers.arrays import from_arrays
+    >>> random = np.random.default_rng(0)
+    >>> images, labels = random.integers(0, 255, (24, 12, 12, 1), np.uint8), np.arange(24) % 6
+    >>> from mmljax.config import load_config
+    >>> config = load_config("quickstart", [
+    ...     "duration=2 steps", "optimizer.warmup=1 steps", "data.image_size=12",
+    ...     "data.resize_size=12", "data.batch_size=16", "data.eval_batch_size=16",
+    ...     "model.backbone=small", "model.width=8", "evaluation.recall_at=(1,)", "log.plot=False",
+    ...     "log.tensorboard=False"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     results = train(config, folder, dataset=from_arrays(images, labels, images, labels))
+    %...
+    >>> 0 <= results["scores"]["recall@1"] <= 1
+    True
+
     Args:
       config: the run, such as :func:`mmljax.default_config` gives and the caller changes.
       workdir: the directory of checkpoints, metrics and results.
