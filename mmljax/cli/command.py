@@ -149,6 +149,8 @@ def logging_to_stderr() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow only decodes images here
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # Orbax raises the first failed write of a checkpoint; asyncio would log each of the others.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     own = logging.getLogger("mmljax")

@@ -164,7 +164,7 @@ def test_a_torn_checkpoint_is_reported_and_passed_over(
                 path.write_bytes(b"")
     done = small_runs.run(config, workdir)
     assert done.returncode == 0, done.stderr
-    assert f"checkpoint of step {torn.name} is torn and passed over" in done.stderr
+    assert f"checkpoint of step {torn.name} cannot be read and is skipped" in done.stderr
     assert "Traceback" not in done.stderr
     assert any((workdir / "checkpoints/torn").iterdir())
     assert_same_run(whole, workdir)
