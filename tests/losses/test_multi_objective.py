@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -46,17 +48,11 @@ def points(count: int, classes: int, *, seed: int = 0) -> tuple[Any, Any]:
 def test_own_loop_equals_the_step_of_the_trainer(
     devices: int, dtype: str, tolerance: float
 ) -> None:
+    """Gradients and ledger of three steps; under descent with rate 1 the change is the gradient."""
     with jax.enable_x64(dtype == "float64"):
         example = runpy.run_path(str(OWN_LOOP))
-        objective, optimizer = example["objective"], example["optimizer"]
+        objective, mesh = example["objective"], make_mesh(jax.devices()[:devices])
         network = jax.tree.map(lambda x: x.astype(dtype), example["network"])
-        objective_params, state = objective.init(jax.random.key(0), dtype=dtype)
-        params = {"network": network, **objective_params}
-        batches = [example["batch"](index) for index in range(3)]
-        batches = [(inputs.astype(dtype), labels) for inputs, labels in batches]
-        mesh = make_mesh(jax.devices()[:devices])
-        step = example["step"] if devices == 1 else example["sharded_step"](mesh)
-        gradients = jax.jit(example["gradients"])(params, state, *batches[0])[0]
 
         class Named(nnx.Module):  # as the trainer calls a network
             def __init__(self) -> None:
@@ -66,40 +62,72 @@ def test_own_loop_equals_the_step_of_the_trainer(
                 return self.inner(images)
 
         graphdef, split = nnx.split(Named())
+        rate = optax.partition(
+            {"network": optax.sgd(1e-2), "proxies": optax.sgd(1e-2), "weights": optax.sgd(1e-2)},
+            {"network": "network", "proxies": "proxies", "weights": "weights"},
+        )
         trained = make_state(
             jax.tree.map(jnp.copy, nnx.to_pure_dict(split)),  # the step donates them
             {},
             objective=objective,
-            optimizer=optimizer,
+            optimizer=rate,
             seed=0,
             mesh=mesh,
         )
-        theirs = make_train_step(
-            graphdef=graphdef, objective=objective, optimizer=optimizer, mesh=mesh
-        )
-        optimizer_state = optimizer.init(params)
-        for index, (inputs, labels) in enumerate(batches):
+        theirs = make_train_step(graphdef=graphdef, objective=objective, optimizer=rate, mesh=mesh)
+        objective_params, state = objective.init(jax.random.key(0), dtype=dtype)
+        params = {"network": network, **objective_params}
+        step = own_step(example, rate, mesh if devices > 1 else None)
+        for index in range(3):
+            inputs, labels = example["batch"](index)
+            inputs = inputs.astype(dtype)
             batch = Batch(np.asarray(inputs), np.asarray(labels), np.ones(len(labels), bool))
             trained, expected = theirs(trained, place(batch, mesh))
-            params, optimizer_state, state, ledger = step(
-                params, optimizer_state, state, inputs, labels
-            )
+            params, state, ledger, norm = step(params, state, inputs, labels)
             for name, value in ledger.items():
-                np.testing.assert_allclose(
-                    value, expected[name], rtol=30 * tolerance, atol=tolerance, err_msg=name
-                )
-            if index == 0:
-                norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradients["network"])))
-                np.testing.assert_allclose(
-                    norm, expected["gradient_norm/network"], rtol=30 * tolerance
-                )
+                scale = max(1.0, abs(float(expected[name])))
+                assert abs(value - expected[name]) <= 10 * tolerance * scale, name
+            np.testing.assert_allclose(norm, expected["gradient_norm/network"], rtol=10 * tolerance)
         ours = jax.tree.leaves((nnx.to_pure_dict(params["network"]), params["proxies"]))
         others = jax.tree.leaves((trained.params["network"]["inner"], trained.params["proxies"]))
         assert len(ours) == len(others) == 5
         for a, b in zip(ours, others, strict=True):
             assert a.dtype == dtype
-            # Adam divides by the root of the squared gradient, so its step amplifies rounding.
-            np.testing.assert_allclose(a, b, rtol=0, atol=1000 * tolerance)
+            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+def own_step(example: dict[str, Any], optimizer: Any, mesh: Any) -> Any:
+    """A step of the example's gradients, sharded over a mesh if there is one."""
+    gradients = example["gradients"]
+    if mesh is not None:
+        rows, whole = jax.P(AXIS), jax.P()
+        params_specs, state_specs = example["objective"].partition_specs(AXIS)
+        layout = {"network": whole, **params_specs}
+        gradients = jax.shard_map(
+            functools.partial(gradients, axis_name=AXIS),
+            mesh=mesh,
+            in_specs=(layout, state_specs, rows, rows),
+            out_specs=(layout, (state_specs, whole)),
+        )
+
+    @jax.jit
+    def step(params: Any, state: Any, inputs: Any, labels: Any) -> Any:
+        grads, (state, ledger) = gradients(params, state, inputs, labels)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        norm = optax.tree.norm(grads["network"])
+        return optax.apply_updates(params, updates), state, ledger, norm
+
+    return step
+
+
+def test_the_example_runs_on_eight_devices() -> None:
+    """Its own sharded step equals its step on one device."""
+    example = runpy.run_path(str(OWN_LOOP))
+    params, optimizer_state, state = example["start"]()
+    steps = example["step"], example["sharded_step"](make_mesh(jax.devices()))
+    ledgers = [step(params, optimizer_state, state, *example["batch"](0))[3] for step in steps]
+    for name, value in ledgers[0].items():
+        np.testing.assert_allclose(ledgers[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("name", registry.LOSSES)
