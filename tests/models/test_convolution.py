@@ -54,7 +54,13 @@ def assert_equal(found: list[Any], expected: list[Any], tolerance: float) -> Non
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (np.float32, 1e-5),
+        pytest.param(np.float64, 1e-12, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_convolution_equals_lax(case: Any, dtype: Any, tolerance: float) -> None:
     height, width, inputs, outputs, size, strides, padding, groups, form = case
@@ -78,7 +84,7 @@ def test_convolution_equals_lax(case: Any, dtype: Any, tolerance: float) -> None
         assert_equal(with_gradients(jax.jit(ours), x, kernel), expected, tolerance)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("height", "width", "size", "strides", "padding"),
     [(8, 7, 3, 2, 1), (9, 6, 2, 2, 0), (5, 8, 3, 1, "SAME"), (7, 7, 2, 3, "VALID")],

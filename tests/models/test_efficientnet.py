@@ -60,6 +60,7 @@ def test_feature_map(size: int, map_size: int) -> None:
     assert y.shape == (5, map_size, map_size, 160)
 
 
+@pytest.mark.slow
 def test_variance_at_the_start_neither_vanishes_nor_explodes() -> None:
     model = network("efficientnet_lite0", width=16)
     x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
