@@ -232,6 +232,11 @@ def _describe(
     )
     _log.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
     _log.info(describe_state(state))
+    name, rows = config.combination.name, config.objectives.values()
+    if name != "share" and any(row.embedding_share or row.proxy_share for row in rows):
+        _log.info("combination %r does not use embedding_share and proxy_share", name)
+    if name == "random":
+        _log.info("combination 'random' does not use the objectives' weights")
     _log.info("steps %d to %d of %s", first, total, config.duration)
 
 
