@@ -264,9 +264,7 @@ def default_config(recipe: str | None = None) -> Any:
     """
     from ml_collections import ConfigDict
 
-    if recipe is None:
-        return ConfigDict(dataclasses.asdict(Config()))
-    return ConfigDict(read_config_file(recipe))
+    return ConfigDict(read_config_file(recipe) if recipe else dataclasses.asdict(Config()))
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:

@@ -99,12 +99,7 @@ def objective_sums(
     def block(rows: Points, context: Context) -> tuple[Array, tuple[Array, Kept]]:
         similarity = similarity_matrix(rows.vectors, columns.vectors)
         masks, mined = mined_masks(objective, similarity, rows, columns, context)
-        # Among all proxies the differences would cost 20 times the product; near 0 the energy has
-        # a floor, and the regularizer's centres are meant to merge.
-        between_samples = objective.relation == "sample_to_sample"
-        distances = (
-            distances_for(objective.loss, rows.vectors, columns.vectors) if between_samples else ()
-        )
+        distances = distances_for(objective.loss, rows.vectors, columns.vectors)
         value, valid = objective.loss(similarity, mined, *distances)
         sums, counts = masked_sum(Values(value, valid & rows.valid))
         kept = Kept(*(_count(m) for m in (*mined, *masks)))
