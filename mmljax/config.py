@@ -101,7 +101,11 @@ class ModelConfig:
     pixel_norm: str = "auto"  # a key of models.embedder.PIXEL_NORMS, or auto: as the weights ask
     embedding_size: Count = 512
     pooling: str = "average+max"  # of a ResNet: average, max, average+max; of a ViT: token, average
-    layer_norm: str = "before"  # none, before (the projection), after
+    layer_norm: str = "before"  # none, before (the head's layers), after; without parameters
+    head: str = "linear"  # linear, or mlp (one hidden layer)
+    head_width: Count = 1024  # hidden units of head mlp
+    head_norm: str = "none"  # before the last layer, trainable: none, batch, layer
+    dropout: Annotated[float, Range(0, 0.999)] = 0.0  # of the input of the head's layers
     batch_norm: str = "global"  # global (over the whole batch) or frozen (running statistics)
     compute_dtype: str = "bfloat16"  # of the backbone: float32 or bfloat16
 

@@ -12,9 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from mmljax.types import Values
+
+
+def at_least_float32(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which features of a dtype are pooled, projected and normalised."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def l2_normalize(x: Float[Array, "*rows d"], *, epsilon: float = 1e-12) -> Float[Array, "*rows d"]:

@@ -31,7 +31,8 @@ class Network(nnx.Module):
         self.backbone = nnx.Linear(PIXELS * PIXELS, 8, use_bias=False, **kind)
         self.head = Head(dtype=dtype, rngs=rngs)
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool, keys: Any = None) -> jax.Array:
+        del keys
         x = images.reshape(images.shape[0], -1) / 255
         # Smooth, as a unit that rounding moves across a kink would hide how exact the step is.
         x = nnx.silu(self.head.norm(self.backbone(x), use_running_average=not train))

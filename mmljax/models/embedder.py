@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from mmljax.config import ModelConfig, choose
 from mmljax.errors import UserError
 from mmljax.models.backbones import Backbone, make_backbone
+from mmljax.models.head import POOLINGS, Head
 from mmljax.models.weight_files import PACKAGED_WEIGHTS
-from mmljax.numerics import l2_normalize
-
-
-def _average(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
-    return jnp.mean(x, axis=(1, 2))
-
-
-def _maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
-    return jnp.max(x, axis=(1, 2))
-
-
-def _average_and_maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
-    return _average(x) + _maximum(x)
-
-
-def _token(x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
-    return x[:, 0]
-
-
-def _average_of_patches(x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
-    return jnp.mean(x[:, 1:], axis=1)
-
-
-POOLINGS: Mapping[str, Mapping[str, Callable[[Array], Array]]] = {
-    "map": {"average": _average, "max": _maximum, "average+max": _average_and_maximum},
-    "tokens": {"token": _token, "average": _average_of_patches},
-}
-"""By the backbone's ``output``.
-
-timm averages the patches before the last layer norm; here it is after.
-"""
+from mmljax.numerics import at_least_float32
 
 PIXEL_NORMS = {  # mean and deviation of pixels in [0, 1], red, green and blue
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -53,49 +22,19 @@ PIXEL_NORMS = {  # mean and deviation of pixels in [0, 1], red, green and blue
     "efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
 AUTO = "auto"
-LAYER_NORMS = {name: name for name in ("none", "before", "after")}
 BATCH_NORMS = {"global": False, "frozen": True}
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
-class Head(nnx.Module):
-    """Pooling, projection and unit length, with an optional layer norm without parameters.
+class Embedder(nnx.Module):
+    """``backbone`` and ``head``, the names by which optimiser groups are selected.
 
-    Computes in float32 for any dtype of the features (in float64 for float64). ``output`` is the
-    backbone's.
+    Without a backbone it embeds features that a backbone gave before, pooled.
     """
 
     def __init__(
         self,
-        features: int,
-        size: int,
-        *,
-        pooling: str,
-        layer_norm: str,
-        rngs: nnx.Rngs,
-        output: str = "map",
-    ) -> None:
-        self.pool = choose(POOLINGS[output], pooling, key="config.model.pooling")
-        self.layer_norm = choose(LAYER_NORMS, layer_norm, key="config.model.layer_norm")
-        self.projection = nnx.Linear(features, size, precision="highest", rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b *n f"]) -> Float[Array, "b d"]:
-        """Return unit vectors of a feature map or of tokens."""
-        x = self.pool(x.astype(_at_least_float32(x.dtype)))
-        if self.layer_norm == "before":
-            x = jax.nn.standardize(x)
-        x = self.projection(x)
-        if self.layer_norm == "after":
-            x = jax.nn.standardize(x)
-        return l2_normalize(x)
-
-
-class Embedder(nnx.Module):
-    """``backbone`` and ``head``, the names by which optimiser groups are selected."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
+        backbone: Backbone | None,
         head: Head,
         *,
         frozen_batch_norm: bool,
@@ -105,22 +44,56 @@ class Embedder(nnx.Module):
         self.backbone = backbone
         self.head = head
         self.frozen_batch_norm = frozen_batch_norm
-        self.pixel_norm = PIXEL_NORMS[pixel_norm]
+        self.pixel_norm = pixel_norm
         self.dtype = dtype
 
     def __call__(
-        self, images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"], *, train: bool
+        self,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"] | Float[Array, "b f"],
+        *,
+        train: bool,
+        keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "b d"]:
         """Return unit vectors of images.
 
         Args:
-          images: pixels from 0 to 255; three channels are red, green and blue.
-          train: whether BatchNorm uses the global batch's statistics and updates its running ones,
-            which needs a ``shard_map`` over the mesh axis ``data``; without effect if it is frozen.
+          images: pixels from 0 to 255, three channels being red, green and blue; or pooled
+            features ``[b f]`` in their place.
+          train: whether dropout is active, and BatchNorm uses the global batch's statistics and
+            updates its running ones, which needs a ``shard_map`` over the mesh axis ``data``. A
+            frozen BatchNorm of the backbone always uses its running statistics.
+          keys: one per image, for what is random in training; without them nothing is.
         """
-        dtype = _at_least_float32(self.dtype)
-        x = normalize_pixels(images, norm=self.pixel_norm, dtype=dtype)
-        return self.head(self.backbone(x, train=train and not self.frozen_batch_norm))
+        features = images if images.ndim == 2 else self._backbone_of(images, train=train)
+        return self.head(features, train=train, keys=keys)
+
+    def pooled(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b f"]:
+        """Return the pooled features of images in evaluation, which ``__call__`` takes as well."""
+        return self.head.pooled(self._backbone_of(images, train=False))
+
+    def without_backbone(self, features: int) -> Embedder:
+        """Return an embedder of pooled features with the same head.
+
+        Raises:
+          UserError: if the backbone gives another number of channels than ``features``.
+        """
+        if features != self.backbone.features:
+            raise UserError(
+                f"--config.data.directory has features of {features} channels, but the backbone "
+                f"gives {self.backbone.features}; make the features with this config's model"
+            )
+        return Embedder(
+            None,
+            self.head,
+            frozen_batch_norm=self.frozen_batch_norm,
+            pixel_norm=self.pixel_norm,
+            dtype=self.dtype,
+        )
+
+    def _backbone_of(self, images: Array, *, train: bool) -> Float[Array, "b *n f"]:
+        dtype = at_least_float32(self.dtype)
+        x = normalize_pixels(images, norm=PIXEL_NORMS[self.pixel_norm], dtype=dtype)
+        return self.backbone(x, train=train and not self.frozen_batch_norm)
 
 
 def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embedder:
@@ -159,8 +132,7 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
     head = Head(
         backbone.features,
         config.embedding_size,
-        pooling=config.pooling,
-        layer_norm=config.layer_norm,
+        config=config,
         rngs=rngs,
         output=backbone.output,
     )
@@ -171,7 +143,7 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         pixel_norm=choose_pixel_norm(config.pixel_norm, pretrained=config.pretrained),
         dtype=dtype,
     )
-    kind = _at_least_float32(dtype)
+    kind = at_least_float32(dtype)
     nnx.update(model, jax.tree.map(lambda x: x.astype(kind), nnx.state(model)))
     return model
 
@@ -216,7 +188,3 @@ def normalize_pixels(
     """
     mean, deviation = norm if images.shape[-1] == 3 else (0.5, 0.5)
     return (images.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(deviation, dtype)
-
-
-def _at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    return jnp.promote_types(dtype, jnp.float32)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from mmljax.errors import UserError
 from mmljax.models.convolution import conv
+from mmljax.numerics import at_least_float32
 
 PATCH = 16  # pixels, the side of a patch
 GRID = 14  # patches along a side of the image for which position embeddings are kept: 224 pixels
@@ -35,7 +36,7 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(b, n, 3, self.heads, size // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
         logits = jnp.einsum(
-            "bqhd,bkhd->bhqk", query, key, preferred_element_type=_at_least_float32(qkv.dtype)
+            "bqhd,bkhd->bhqk", query, key, preferred_element_type=at_least_float32(qkv.dtype)
         )
         weights = jax.nn.softmax(logits / (size // self.heads) ** 0.5).astype(value.dtype)
         return self.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(b, n, size))
@@ -172,9 +173,5 @@ def _linear(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> n
 
 def _layer_norm(size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
-        size, epsilon=1e-6, use_fast_variance=False, dtype=_at_least_float32(dtype), rngs=rngs
+        size, epsilon=1e-6, use_fast_variance=False, dtype=at_least_float32(dtype), rngs=rngs
     )
-
-
-def _at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    return jnp.promote_types(dtype, jnp.float32)

@@ -12,14 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PRNGKeyArray
 
+from mmljax.losses.collectives import Axis
 from mmljax.losses.ledger import Scalars
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS
 from mmljax.types import Batch, ObjectiveState, TrainState
+
+_NETWORK = 2**31  # the stream of the network's keys; the objectives use those of the steps
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
 """A jitted step that donates the state it is given."""
@@ -44,7 +49,7 @@ def make_train_step(
     def gradients(params: Any, model_state: Any, state: ObjectiveState, batch: Batch) -> Any:
         def loss(params: Any) -> Any:
             model = nnx.merge(graphdef, params["network"], model_state, copy=True)
-            embeddings = model(batch.images, train=True)
+            embeddings = model(batch.images, train=True, keys=_keys(state, len(batch.labels)))
             value, (new_state, ledger) = objective(
                 params,
                 state,
@@ -79,3 +84,10 @@ def make_train_step(
         return TrainState(params, statistics, objective_state, optimizer_state), ledger
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _keys(state: ObjectiveState, count: int) -> PRNGKeyArray:
+    """A key for each example of this device, from the run's seed, the step and the position."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, _NETWORK), state.step)
+    positions = Axis(AXIS).index() * count + jnp.arange(count)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)

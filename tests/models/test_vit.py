@@ -149,9 +149,10 @@ def test_bfloat16_is_near_and_ends_in_float32() -> None:
 @pytest.mark.parametrize("pooling", ["token", "average"])
 def test_head(pooling: str) -> None:
     tokens = images(3, 1 + 4, 8).astype(np.float32)
-    head = Head(8, 6, pooling=pooling, layer_norm="none", rngs=rngs(), output="tokens")
+    config = dataclasses.replace(CONFIG, pooling=pooling, layer_norm="none")
+    head = Head(8, 6, config=config, rngs=rngs(), output="tokens")
     kernel = np.array(head.projection.kernel[...])
-    for token, found in zip(tokens, head(jnp.asarray(tokens)), strict=True):
+    for token, found in zip(tokens, head(jnp.asarray(tokens), train=False), strict=True):
         x = token[0] if pooling == "token" else sum(token[i] for i in range(1, 5)) / 4
         np.testing.assert_allclose(found, x @ kernel / np.linalg.norm(x @ kernel), atol=1e-5)
 
