@@ -15,11 +15,17 @@ def saved_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory, worker_id):
+def shared(tmp_path_factory, worker_id):
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def quickstart(shared):
     """The README's first run, which takes minutes, once for all workers; only to be read."""
     import small_runs
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "quickstart"
+    folder = shared / "quickstart"
     folder.mkdir(exist_ok=True)
     return small_runs.run_quickstart(folder)

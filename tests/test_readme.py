@@ -1,35 +1,24 @@
-"""The code of the README runs and prints what the README shows; every documented command parses."""
+"""Commands, settings and files that the README and the docs name, also within a sentence, exist.
+
+``tests/test_documented.py`` runs the blocks of code.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 import mmljax
+from documented import PAGES, ROOT
 from mmljax.cli import command
 from mmljax.config import Config, from_mapping, load_config
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NUMBER = re.compile(r"\d+\.\d+")
 COMMAND = re.compile(
     r"(?:\w+=\S+ )*(?:\S*/)?(?:mmljax|python -m mmljax(?P<module>\.[\w.]+)?)(?: +|$)"
 )
-
-
-def test_synopsis_prints_what_the_readme_shows(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
-    exec(block, {})
-    printed = capsys.readouterr().out
-    assert NUMBER.sub("", printed).split() == NUMBER.sub("", shown).split()
-    values = [[float(number) for number in NUMBER.findall(text)] for text in (printed, shown)]
-    assert values[0] == pytest.approx(values[1], abs=0.02)  # CPUs round differently
 
 
 def test_commands_that_ci_reads_are_there():
@@ -49,26 +38,6 @@ def bind(config: Config) -> None:
         combination_params=config.combination.params,
         surgery=config.combination.surgery,
     )
-
-
-def python_blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-
-
-def test_losses_of_the_api_page_run():
-    namespace: dict[str, Any] = {}
-    exec(python_blocks("reference/api.md")[0], namespace)
-    assert namespace["loss"] > 0
-    assert namespace["scores"]["queries"] == 6
-
-
-def test_config_of_the_choosing_page():
-    namespace: dict[str, Any] = {}
-    exec(python_blocks("choosing.md")[0], namespace)
-    config = from_mapping(namespace["get_config"]())
-    bind(config)
-    assert list(config.objectives) == ["pair", "proxy"]
-    assert config.objectives["pair"].params == {"alpha": 2.0, "beta": 20.0}
 
 
 def documented_commands() -> list[tuple[str, str]]:
@@ -121,7 +90,7 @@ def test_documented_settings_are_keys_of_the_config():
 
 
 def test_files_and_tests_named_in_the_docs_exist():
-    text = "\n".join(page.read_text() for page in [*PAGES, ROOT / "CONTRIBUTING.md"])
+    text = "\n".join(page.read_text() for page in PAGES)
     folders = "benchmarks|configs|examples|launch|mmljax|notebooks|tests"
     files = set(re.findall(rf"`((?:{folders})/[\w/]+\.(?:py|ipynb|sh))", text))
     modules = {f"{name.replace('.', '/')}.py" for name in re.findall(r"benchmarks\.[a-z_]+", text)}

