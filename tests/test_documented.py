@@ -43,7 +43,7 @@ COMMANDS = [
     if block.language == "bash" and block.marker != "tutorial"
 ]
 PYTHON = {  # text of a block: the test that runs it
-    "objective = mmljax.MultiObjective(": "test_synopsis_prints_what_the_readme_shows",
+    "objective = MultiObjective(": "test_synopsis_prints_what_the_readme_shows",
     "mmljax.miners.either(": "test_losses_of_the_api_page",
     "mmljax.train(config": "test_run_of_the_api_page",
     "def get_config():": "test_config_of_the_choosing_page",
@@ -203,7 +203,7 @@ def execute(text: str) -> dict[str, Any]:
 
 def test_synopsis_prints_what_the_readme_shows(capsys):
     (shown,) = (x.text for x in BLOCKS if x.page == "README.md" and x.language == "text")
-    execute("objective = mmljax.MultiObjective(")
+    execute("objective = MultiObjective(")
     printed = capsys.readouterr().out
     assert NUMBER.sub("", printed).split() == NUMBER.sub("", shown).split()
     values = [[float(number) for number in NUMBER.findall(text)] for text in (printed, shown)]
