@@ -178,15 +178,8 @@ def retrieval_scores(
       UserError: if an embedding is not finite, a K exceeds the gallery, no query has a relevant
         item, labels do not fit the embeddings, or scikit-learn is asked for and absent.
     """
-    check_labels(queries, query_labels, name="query")
-    check_labels(gallery, gallery_labels, name="gallery")
+    query_labels, gallery_labels = _checked_labels(queries, query_labels, gallery, gallery_labels)
     own = np.arange(len(queries), dtype=np.int32) if gallery is None else None
-    check_embeddings(queries, name="query", cure=_CURE)
-    if gallery is not None:
-        check_embeddings(gallery, name="gallery", cure=_CURE)
-    query_labels, gallery_labels = renumbered(
-        query_labels, query_labels if gallery_labels is None else gallery_labels
-    )
     relevant = relevant_counts(query_labels, None if gallery is None else gallery_labels)
     against = queries if gallery is None else gallery
     candidates = len(against) - (own is not None)
@@ -222,6 +215,19 @@ def retrieval_scores(
         neighbors=neighbors,
         similarity=similarity,
     )
+
+
+def _checked_labels(
+    queries: Any, query_labels: Any, gallery: Any | None, gallery_labels: Any | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of queries and gallery, numbered alike, once labels and embeddings are checked."""
+    check_labels(queries, query_labels, name="query")
+    check_labels(gallery, gallery_labels, name="gallery")
+    check_embeddings(queries, name="query", cure=_CURE)
+    if gallery is None:
+        return renumbered(query_labels, query_labels)
+    check_embeddings(gallery, name="gallery", cure=_CURE)
+    return renumbered(query_labels, gallery_labels)
 
 
 @functools.partial(jax.jit, static_argnames=("recall_at", "k", "chunk", "mesh"))
