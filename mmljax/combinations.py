@@ -1,8 +1,4 @@
-"""Rules that weight several losses: fixed or learned weights, and gradient surgery.
-
-Contributions are measured where the objectives meet, at the embeddings and at the proxies. See
-:mod:`mmljax.losses.combination` for the notation.
-"""
+"""Rules that weight several losses; the notation is that of :mod:`mmljax.losses.combination`."""
 
 from mmljax.losses.combination import (
     contribution_shares,

@@ -19,10 +19,13 @@ from mmljax.losses import mining
 from mmljax.losses.public import (
     CLASS_LABELS,
     EMBEDDINGS,
+    EXAMPLE_PROXIES,
+    EXAMPLE_SAMPLES,
     LABELS,
     PROXIES,
     REFERENCES,
     class_labelled_points,
+    example,
     proxy_points,
     publish,
     sample_block,
@@ -132,19 +135,10 @@ _ARGUMENTS = {
 _RETURNS = "Masks of ``[n m]``: the positives and negatives that are kept of each anchor."
 
 
-def _example(call: str, positives: int, negatives: int, *lines: str) -> str:
-    return "\n".join(
-        [
-            ">>> import jax.numpy as jnp",
-            ">>> from mmljax import miners",
-            ">>> embeddings = jnp.array([[2.0, 0.4], [0.8, 0.5], [-0.3, 1.0], [0.5, 0.9]])",
-            ">>> labels = jnp.array([0, 0, 1, 1])",
-            *(f">>> {line}" for line in lines),
-            f">>> pairs = miners.{call}",
-            ">>> int(pairs.positive.sum()), int(pairs.negative.sum())",
-            f"({positives}, {negatives})",
-        ]
-    )
+def _example(call: str, kept: tuple[int, int], *lines: str) -> str:
+    count = "int(pairs.positive.sum()), int(pairs.negative.sum())"
+    code = (*EXAMPLE_SAMPLES, *lines, f"pairs = miners.{call}", count)
+    return example("miners", *code, prints=str(kept))
 
 
 _publish = partial(publish, module="mmljax.miners", notes=_NOTES, returns=_RETURNS)
@@ -158,7 +152,7 @@ def _of_samples(
         rule,
         name=name,
         arguments={**_ARGUMENTS, "labels": LABELS},
-        example=_example(f"{name}(embeddings, labels)", *kept),
+        example=_example(f"{name}(embeddings, labels)", kept),
     )
 
 
@@ -175,11 +169,7 @@ def _of_proxies(
             "proxies": PROXIES,
             "centers": "proxies per class.",
         },
-        example=_example(
-            f"{name}(embeddings, labels, proxies)",
-            *kept,
-            "proxies = jnp.array([[1.0, 0.2], [0.4, 0.7]])",
-        ),
+        example=_example(f"{name}(embeddings, labels, proxies)", kept, EXAMPLE_PROXIES),
     )
 
 
@@ -201,7 +191,7 @@ distance_weighted = _publish(
         "key": "``jax.random`` key; use another one at each step.",
     },
     example=_example(
-        "distance_weighted(embeddings, labels, key=jax.random.key(0))", 4, 4, "import jax"
+        "distance_weighted(embeddings, labels, key=jax.random.key(0))", (4, 4), "import jax"
     ),
     hidden=("dimension",),
 )

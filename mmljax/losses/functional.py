@@ -18,10 +18,13 @@ from mmljax.losses.mining import pair_masks
 from mmljax.losses.public import (
     CLASS_LABELS,
     EMBEDDINGS,
+    EXAMPLE_PROXIES,
+    EXAMPLE_SAMPLES,
     LABELS,
     PROXIES,
     REFERENCES,
     class_labelled_points,
+    example,
     proxy_points,
     publish,
     sample_block,
@@ -97,25 +100,8 @@ def _mean(
     return jnp.sum(masked_mean(block(similarity, masks, *distances, **hyperparameters)))
 
 
-def _example(call: str, value: str, *lines: str) -> str:
-    return "\n".join(
-        [
-            ">>> import jax.numpy as jnp",
-            ">>> from mmljax import losses",
-            *(f">>> {line}" for line in lines),
-            f">>> loss = losses.{call}",
-            '>>> print(f"{loss:.3f}")',
-            value,
-        ]
-    )
-
-
-_SAMPLES: tuple[str, ...] = (
-    "embeddings = jnp.array([[2.0, 0.4], [0.8, 0.5], [-0.3, 1.0], [0.5, 0.9]])",
-    "labels = jnp.array([0, 0, 1, 1])",
-)
 _PROXIES = {
-    1: "proxies = jnp.array([[1.0, 0.2], [0.4, 0.7]])",
+    1: EXAMPLE_PROXIES,
     2: "proxies = jnp.array([[1.0, 0.2], [0.9, -0.3], [0.4, 0.8], [-0.2, 0.7]])",
 }
 
@@ -160,9 +146,10 @@ def _public(name: str, value: str, *, centers: int = 1) -> Callable[..., Array]:
     """
     relation, block = LOSSES[name]
     form = _FORMS[relation]
-    lines = _SAMPLES if "labels" in form.given else ()
-    lines += (_PROXIES[centers],) if "proxies" in form.given else ()
+    lines = [*EXAMPLE_SAMPLES] if "labels" in form.given else []
+    lines += [_PROXIES[centers]] if "proxies" in form.given else []
     rest = f", centers={centers}" if centers > 1 else ""
+    lines += [f"loss = losses.{name}({form.given}{rest})", 'print(f"{loss:.3f}")']
     return publish(
         form.core,
         block,
@@ -171,7 +158,7 @@ def _public(name: str, value: str, *, centers: int = 1) -> Callable[..., Array]:
         arguments=form.arguments,
         notes=_NOTATION.format(*form.sides),
         returns="A scalar.",
-        example=_example(f"{name}({form.given}{rest})", value, *lines),
+        example=example("losses", *lines, prints=value),
     )
 
 

@@ -38,6 +38,18 @@ themselves, each without itself.""",
     "reference_labels": "``[m]`` integers, with ``reference_embeddings``.",
 }
 
+EXAMPLE_SAMPLES = (
+    "embeddings = jnp.array([[2.0, 0.4], [0.8, 0.5], [-0.3, 1.0], [0.5, 0.9]])",
+    "labels = jnp.array([0, 0, 1, 1])",
+)
+EXAMPLE_PROXIES = "proxies = jnp.array([[1.0, 0.2], [0.4, 0.7]])"
+
+
+def example(module: str, *lines: str, prints: str) -> str:
+    """A doctest with the lines of code; the last one prints ``prints``."""
+    code = ("import jax.numpy as jnp", f"from mmljax import {module}", *lines)
+    return "\n".join([*(f">>> {line}" for line in code), prints])
+
 
 def sample_block(
     embeddings: ArrayLike,
