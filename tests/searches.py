@@ -44,6 +44,14 @@ def make(case: Case, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.n
     return queries.astype(np.float32), gallery.astype(np.float32), own
 
 
+def real_valued() -> tuple[np.ndarray, np.ndarray]:
+    """Queries, which are the first rows of the gallery, and a gallery with ties far apart."""
+    random = np.random.default_rng(0)
+    gallery = random.normal(size=(1501, 96)).astype(np.float32)
+    gallery[700:900] = gallery[:200]
+    return gallery[:70], gallery
+
+
 def stable_argsort(
     queries: np.ndarray, gallery: np.ndarray, own: np.ndarray | None, k: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,14 @@ from typing import Any
 import pytest
 
 import mmljax
+from mmljax.retrieval import search, streaming
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "mmljax").rglob("*.py"))
+    if re.search(r"^ *>>> ", path.read_text(), re.MULTILINE)
+]
 
 
 def run(code: str, *, cwd: Path = ROOT, path: Path = ROOT) -> str:
@@ -55,16 +62,7 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
         assert "Args:" in (found.__doc__ or "") + (found.__init__.__doc__ or "")
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "mmljax.config",
-        "mmljax.inference.embedder",
-        "mmljax.losses.multi_objective",
-        "mmljax.numerics",
-        "mmljax.training.loop",
-    ],
-)
+@pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_in_docstrings(module: str, saved_run: Any) -> None:
     found = doctest.testmod(
         importlib.import_module(module),
@@ -80,6 +78,9 @@ def test_every_public_function_has_an_example() -> None:
     for module in ("losses", "miners", "combinations", "metrics"):
         members = found.pop(module)
         found |= {f"{module}.{name}": getattr(members, name) for name in members.__all__}
+    for searches in (search, streaming):
+        members = inspect.getmembers(searches, inspect.isfunction)
+        found |= {k: x for k, x in members if x.__module__ == searches.__name__ and k[0] != "_"}
     assert [n for n, x in found.items() if ">>>" not in (inspect.getdoc(x) or "")] == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import jax
@@ -12,10 +11,6 @@ import pytest
 
 from mmljax import numerics
 from mmljax.types import Values
-
-
-def test_doctest() -> None:
-    assert doctest.testmod(numerics).failed == 0
 
 
 def test_l2_normalize_has_unit_rows_and_survives_zero() -> None:

@@ -1,14 +1,12 @@
-"""Every block loss against its loop, and the doctests of the block modules."""
+"""Every block loss against its loop."""
 
 from __future__ import annotations
 
-import doctest
 from functools import partial
 
 import pytest
 from loops import CASES
 
-from mmljax.losses import pair, proxy, separation
 from objective_blocks import SIZES, check_against_loop, random_block
 
 
@@ -29,9 +27,3 @@ def test_the_random_blocks_reach_both_sides_of_every_validity():
             (a, b) for a in (False, True) for b in (False, True)
         }
         assert (~masks.positive & ~masks.negative).any()
-
-
-@pytest.mark.parametrize("module", [pair, proxy, separation], ids=lambda m: m.__name__)
-def test_doctests(module):
-    assert doctest.testmod(module).failed == 0
-    assert doctest.testmod(module).attempted

@@ -12,7 +12,7 @@ from mmljax.numerics import l2_normalize, masked_mean
 from mmljax.retrieval import metrics
 from mmljax.retrieval import search as retrieval
 from mmljax.retrieval.streaming import streamed_nearest_neighbors
-from searches import DATA, SEARCHES, Case, make, mesh_of, stable_argsort
+from searches import DATA, SEARCHES, Case, make, mesh_of, real_valued, stable_argsort
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -54,14 +54,12 @@ def test_neither_the_query_itself_nor_padding_is_found() -> None:
 
 
 def test_sharded_search_is_the_plain_one_bit_for_bit() -> None:
-    random = np.random.default_rng(0)
-    gallery = random.normal(size=(1501, 96)).astype(np.float32)
-    gallery[700:900] = gallery[:200]  # equal real-valued rows far apart
-    plain = retrieval.nearest_neighbors(gallery[:70], gallery, k=7, chunk=640)
+    queries, gallery = real_valued()
+    plain = retrieval.nearest_neighbors(queries, gallery, k=7, chunk=640)
     assert len(np.unique(plain.similarity)) > 300
     for devices in (3, 8):
         sharded = retrieval.sharded_nearest_neighbors(
-            gallery[:70], gallery, k=7, chunk=640, mesh=mesh_of(devices)
+            queries, gallery, k=7, chunk=640, mesh=mesh_of(devices)
         )
         np.testing.assert_array_equal(sharded.similarity, plain.similarity)
         np.testing.assert_array_equal(sharded.indices, plain.indices)
@@ -170,11 +168,9 @@ def test_ranks_and_neighbors_equal_loops_and_a_stable_argsort(name: str) -> None
 
 
 def test_neighbors_and_ranks_are_those_of_the_single_searches_bit_for_bit() -> None:
-    random = np.random.default_rng(0)
-    gallery = random.normal(size=(1501, 96)).astype(np.float32)
-    gallery[700:900] = gallery[:200]  # equal real-valued rows far apart
-    labels = random.integers(0, 300, 1501)
-    arrays = gallery[:70], gallery, labels[:70], labels
+    queries, gallery = real_valued()
+    labels = np.random.default_rng(1).integers(0, 300, len(gallery))
+    arrays = queries, gallery, labels[:70], labels
     options = {"chunk": 640, "self_index": np.arange(70)}
     neighbors = retrieval.nearest_neighbors(*arrays[:2], k=7, **options)
     ranks = retrieval.positive_ranks(*arrays, **options)

@@ -14,7 +14,7 @@ import pytest
 from mmljax.errors import UserError
 from mmljax.retrieval import search as retrieval
 from mmljax.retrieval import streaming
-from searches import DATA, SEARCHES, make, stable_argsort
+from searches import DATA, SEARCHES, make, real_valued, stable_argsort
 
 
 def mapped(path: Path, gallery: np.ndarray) -> np.ndarray:
@@ -37,13 +37,6 @@ def test_streamed_neighbors_equal_a_stable_argsort(
             )
             np.testing.assert_array_equal(found.indices, expected[1], kind)
             np.testing.assert_array_equal(found.similarity, expected[0], kind)
-
-
-def real_valued() -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(0)
-    gallery = random.normal(size=(1501, 96)).astype(np.float32)
-    gallery[700:900] = gallery[:200]  # equal real-valued rows far apart
-    return gallery[:70], gallery
 
 
 @pytest.mark.parametrize("chunk", [1, 640, 5000])
