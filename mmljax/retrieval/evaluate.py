@@ -218,8 +218,8 @@ def retrieval_scores(
 
 
 def _checked_labels(
-    queries: Any, query_labels: Any, gallery: Any | None, gallery_labels: Any | None
-) -> tuple[np.ndarray, np.ndarray]:
+    queries: Any, query_labels: Any, gallery: Any, gallery_labels: Any
+) -> tuple[Any, Any]:
     """Labels of queries and gallery, numbered alike, once labels and embeddings are checked."""
     check_labels(queries, query_labels, name="query")
     check_labels(gallery, gallery_labels, name="gallery")
