@@ -8,8 +8,10 @@ Both sides: average pooling, a projection to 512, Multi-Similarity with its mine
 Proxy-Anchor over 3,997 classes, AdamW, the same uint8 batch already on the device. With
 ``--separation`` also 0.3 times the repulsion of proxies. PyTorch's side: torchvision's ResNet or
 efficientnet_lite_pytorch's network in channels-last, and pytorch-metric-learning's miner and
-losses; compiled by ``torch.compile`` on a GPU, or with ``--compile``. Runs of the sides alternate;
-the best of each counts. Without PyTorch's packages only our side is timed.
+losses; compiled by ``torch.compile`` on a GPU, or with ``--compile``. On CPU the process keeps
+freed memory, as the command ``mmljax`` does; with ``--default-allocator`` it does not. The setting
+holds for both sides. Runs of the sides alternate; the best of each counts. Without PyTorch's
+packages only our side is timed.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.torch_peer import import_torchvision
+from mmljax.allocator import keep_freed_memory
 from mmljax.config import Config, from_mapping
 from mmljax.mesh import make_mesh, place
 from mmljax.training.trainer import make_trainer
@@ -210,11 +213,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--batch-norm", default="global", choices=["global", "frozen"])
     parser.add_argument("--compile", action="store_true", help="torch.compile on CPU too")
+    parser.add_argument("--default-allocator", action="store_true", help="malloc's defaults")
     parser.add_argument("--steps", type=int, default=20, help="per timing")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    kept = not options.default_allocator and keep_freed_memory()
     one = (options.backbone, options.image_size, options.separation)
-    print(f"{machine.describe()}, batch {options.batch_size}, {options.dtype}")
+    allocator = "freed memory is kept" if kept else "default allocator"
+    print(f"{machine.describe()}, batch {options.batch_size}, {options.dtype}, {allocator}")
     for row in CPU_ROWS if options.rows == "cpu" else (one,):
         time_row(Row(*row), options)
 

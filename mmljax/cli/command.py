@@ -28,6 +28,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from mmljax.allocator import keep_freed_memory
 from mmljax.errors import Preempted, UserError
 from mmljax.text import nearest, one_line, printable
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
+        keep_freed_memory()
         with logging_to_stderr():
             return options.command(options)
     except UserError as error:
