@@ -32,7 +32,10 @@ from mmljax.allocator import keep_freed_memory
 from mmljax.errors import Preempted, UserError
 from mmljax.text import nearest, one_line, printable
 
-VERBS = ("train", "doctor", "embed", "search", "export", "compare", "page", "atlas", "prepare")
+VERBS = (
+    *("train", "doctor", "features", "sweep", "embed", "search", "export"),
+    *("compare", "page", "atlas", "prepare"),
+)
 
 _LONGEST_WORD = 240  # characters of a path in an error
 

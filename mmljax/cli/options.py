@@ -45,6 +45,11 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         "--images", nargs="+", metavar="PATH", help="image files, or folders and all below them"
     )
     choice.add_argument("--split", choices=SPLITS, help="of the run's own data set")
+    add_parts(parser)
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """``--skip-corrupt`` and ``--rows-per-part``."""
     parser.add_argument(
         "--skip-corrupt",
         action="store_true",
@@ -66,14 +71,16 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """``--config`` and ``--workdir``; the runner collects ``--config.a.b=value``."""
+def add_config(parser: argparse.ArgumentParser, *, workdir: bool = True) -> None:
+    """``--config`` and, unless told not to, ``--workdir``; the runner collects ``--config.a=b``."""
     parser.add_argument(
         "--config",
         metavar="CONFIG",
         help="a file such as configs/inshop.py, or the name of a config of the package, such as "
         "quickstart; --config.key=value overrides one value",
     )
+    if not workdir:
+        return
     parser.add_argument(
         "--workdir",
         type=Path,

@@ -63,19 +63,8 @@ def train_batches(
     def make(step: int) -> Batch:
         indices = class_balanced_indices(index, seed=seed, step=step, **sizes)[rows]
         batch = place(host_batch(split, indices, split.images[indices]))
-        images = augment(
-            batch.images,
-            seed=jnp.uint32(seed),
-            step=jnp.uint32(step),
-            first=0 if len(batch.images) == config.batch_size else position.start,
-            image_size=config.image_size,
-            crop_scale=config.crop_scale,
-            crop_ratio=config.crop_ratio,
-            rotate=config.rotate,
-            shear=config.shear,
-            flip=config.flip,
-        )
-        return batch._replace(images=images)
+        first = 0 if len(batch.images) == config.batch_size else position.start
+        return _augmented(batch, config, seed=seed, step=step, first=first)
 
     return one_ahead(map(make, steps))
 
@@ -98,20 +87,72 @@ def eval_batches(
     Raises:
       UserError: at once, as ``check_sizes``.
     """
+    steps = range(-(-len(split.labels) // config.eval_batch_size))
+    return ordered_batches(
+        split, config=config, seed=0, view=0, steps=steps, rows=rows, place=place
+    )
+
+
+def ordered_batches(
+    split: Split,
+    *,
+    config: DataConfig,
+    seed: int,
+    view: int,
+    steps: range,
+    rows: slice,
+    place: Callable[[Batch], Batch],
+) -> Iterator[Batch]:
+    """Some batches of :func:`eval_batches`, in evaluation's crop or in random crops.
+
+    Args:
+      split: as for ``eval_batches``.
+      config: sizes and augmentation.
+      seed: of the random crops.
+      view: 0 for the evaluation crop; another number for random ones, each with its own.
+      steps: numbers of the batches to yield.
+      rows: as for ``eval_batches``.
+      place: as for ``eval_batches``.
+
+    Raises:
+      UserError: at once, as ``check_sizes``.
+    """
     check_sizes(config, processes=jax.process_count())
+    size = config.eval_batch_size
+    batches = -(-len(split.labels) // size)
 
     def make(step: int) -> Batch:
-        size = config.eval_batch_size
         indices = ordered_indices(len(split.labels), batch_size=size, step=step)[rows]
         images = split.images[indices]
         images[indices < 0] = 0
         batch = place(host_batch(split, indices, images))
-        images = resize_and_crop(
+        if view:
+            first = 0 if len(batch.images) == size else range(size)[rows].start
+            step = (view - 1) * batches + step
+            return _augmented(batch, config, seed=seed, step=step, first=first)
+        cropped = resize_and_crop(
             batch.images, resize_size=config.resize_size, image_size=config.image_size
         )
-        return batch._replace(images=images)
+        return batch._replace(images=cropped)
 
-    return one_ahead(map(make, range(-(-len(split.labels) // config.eval_batch_size))))
+    return one_ahead(map(make, steps))
+
+
+def _augmented(batch: Batch, config: DataConfig, *, seed: int, step: int, first: int) -> Batch:
+    """A batch with its images augmented as the config says."""
+    images = augment(
+        batch.images,
+        seed=jnp.uint32(seed),
+        step=jnp.uint32(step),
+        first=first,
+        image_size=config.image_size,
+        crop_scale=config.crop_scale,
+        crop_ratio=config.crop_ratio,
+        rotate=config.rotate,
+        shear=config.shear,
+        flip=config.flip,
+    )
+    return batch._replace(images=images)
 
 
 def host_batch(split: Split, indices: Int[np.ndarray, " b"], images: np.ndarray) -> Batch:

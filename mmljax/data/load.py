@@ -13,6 +13,7 @@ from mmljax.config import Config, DataConfig, choose
 from mmljax.data.limits import check_sizes
 from mmljax.data.readers.arrays import read_arrays
 from mmljax.data.readers.csv import read_csv
+from mmljax.data.readers.features import read_features
 from mmljax.data.readers.folder import read_folder
 from mmljax.data.readers.in_shop import read_in_shop
 from mmljax.data.readers.tfds import read_tfds
@@ -43,7 +44,10 @@ SOURCES: Mapping[str, Reader] = {
     "tfds_cars": _tfds("cars196"),
     "tfds_sop": _tfds("stanford_online_products"),
 }
-"""The reader of each ``data.source``. No reader writes anything."""
+"""The reader of each ``data.source`` of images. No reader writes anything."""
+
+FEATURES = "features"
+"""The ``data.source`` of features that a backbone gave before."""
 
 
 def load_dataset(config: Config, *, create: bool = True) -> Dataset:
@@ -58,7 +62,9 @@ def load_dataset(config: Config, *, create: bool = True) -> Dataset:
       UserError: on an unknown source or data that cannot be used.
     """
     data = config.data
-    read = choose(SOURCES, data.source, key="config.data.source")
+    if data.source == FEATURES:
+        return read_features(config)
+    read = choose({**SOURCES, FEATURES: None}, data.source, key="config.data.source")
     if create and data.source == "synthetic":
         write_synthetic(data.directory, data.synthetic)
     return read(data)
@@ -70,8 +76,18 @@ def image_channels(dataset: Dataset) -> int:
     return images.shape[-1] if images.ndim == 4 else 3
 
 
+def feature_size(dataset: Dataset) -> int:
+    """Channels of the features that a data set has in place of images; 0 if it has images."""
+    images = dataset.train.images
+    return images.shape[-1] if images.ndim == 3 else 0
+
+
 def _pipeline(split: Split) -> Any:
-    """The module that makes batches of a split: of arrays, or of image files."""
+    """The module that makes batches of a split: of features, of arrays, or of image files."""
+    if split.images.ndim == 3:
+        from mmljax.data import feature_pipeline
+
+        return feature_pipeline
     if split.images.ndim == 4:
         from mmljax.data import array_pipeline as arrays
 
@@ -90,7 +106,8 @@ def check_batches(dataset: Dataset, config: Config) -> None:
       UserError: with the sizes and the cure.
     """
     data = config.data
-    check_sizes(data, processes=jax.process_count())
+    if not feature_size(dataset):
+        check_sizes(data, processes=jax.process_count())
     process_rows(data.batch_size, key="config.data.batch_size")
     process_rows(data.eval_batch_size, key="config.data.eval_batch_size")
     check_batch(
@@ -117,6 +134,21 @@ def eval_batches(split: Split, config: Config, mesh: Mesh) -> Iterator[Batch]:
     return _pipeline(split).eval_batches(
         split,
         config=config.data,
+        rows=process_rows(config.data.eval_batch_size, key="config.data.eval_batch_size"),
+        place=partial(place, mesh=mesh),
+    )
+
+
+def ordered_batches(
+    split: Split, config: Config, mesh: Mesh, *, view: int, steps: range
+) -> Iterator[Batch]:
+    """Some of the batches of :func:`eval_batches`; those of a view above 0 of random crops."""
+    return _pipeline(split).ordered_batches(
+        split,
+        config=config.data,
+        seed=config.seed,
+        view=view,
+        steps=steps,
         rows=process_rows(config.data.eval_batch_size, key="config.data.eval_batch_size"),
         place=partial(place, mesh=mesh),
     )

@@ -98,13 +98,7 @@ def train_batches(
     index = class_index(split.labels)
     sizes = {"batch_size": config.batch_size, "images_per_class": config.images_per_class}
     check_batch(index, **sizes)
-    crop = functools.partial(
-        transforms.random_crop,
-        image_size=config.image_size,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        flip=config.flip,
-    )
+    crop = _random_crop(config)
 
     def plan(step: int) -> _Rows:
         indices = class_balanced_indices(index, seed=seed, step=step, **sizes)
@@ -142,19 +136,65 @@ def eval_batches(
       UserError: at once, as ``check_sizes``; while iterating, if an image cannot be read or
         decoded.
     """
+    steps = range(-(-len(split.labels) // config.eval_batch_size))
+    return ordered_batches(
+        split, config=config, seed=0, view=0, steps=steps, rows=rows, place=place
+    )
+
+
+def ordered_batches(
+    split: Split,
+    *,
+    config: DataConfig,
+    seed: int,
+    view: int,
+    steps: range,
+    rows: slice,
+    place: Callable[[Batch], Batch],
+) -> Iterator[Batch]:
+    """Some batches of :func:`eval_batches`, in evaluation's crop or in random crops.
+
+    Args:
+      split: as for ``train_batches``.
+      config: sizes, augmentation, threads.
+      seed: of the random crops.
+      view: 0 for the evaluation crop; another number for random ones, each with its own.
+      steps: numbers of the batches to yield.
+      rows: as for ``train_batches``.
+      place: as for ``train_batches``.
+
+    Raises:
+      UserError: as ``eval_batches``.
+    """
     check_sizes(config, processes=jax.process_count())
-    plan, steps = _in_order(split, config, rows)
-    made = _read(split, plan, steps, crop=_center_crop(config), config=config)
-    return one_ahead(map(place, made))
+    size = config.eval_batch_size
+    batches = -(-len(split.labels) // size)
+
+    def plan(step: int) -> _Rows:
+        indices = ordered_indices(len(split.labels), batch_size=size, step=step)
+        numbers = np.zeros((size, transforms.NUMBERS))
+        if view:
+            numbers = augmentation_numbers(
+                transforms.NUMBERS,
+                seed=seed,
+                step=(view - 1) * batches + step,
+                batch_size=size,
+            )
+        return _rows(split, indices[rows], numbers[rows])
+
+    crop = _random_crop(config) if view else _center_crop(config)
+    return one_ahead(map(place, _read(split, plan, steps, crop=crop, config=config)))
 
 
 def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
     """Which images can be read and decoded, each tried as an evaluation would decode it."""
     crop = _center_crop(config)
     decode = _decoder(_reader(split), crop, config)
-    plan, steps = _in_order(split, config, slice(None))
-    valid = np.zeros(len(split.labels), bool)
-    for rows in map(plan, steps):
+    size, count = config.eval_batch_size, len(split.labels)
+    valid = np.zeros(count, bool)
+    for step in range(-(-count // size)):
+        indices = ordered_indices(count, batch_size=size, step=step)
+        rows = _rows(split, indices, np.zeros((size, transforms.NUMBERS)))
         decoded = decode(rows)[0].numpy()[1:]
         found = rows.indices[decoded]
         valid[found[found >= 0]] = True
@@ -165,6 +205,16 @@ def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
     return valid
 
 
+def _random_crop(config: DataConfig) -> _Crop:
+    return functools.partial(
+        transforms.random_crop,
+        image_size=config.image_size,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        flip=config.flip,
+    )
+
+
 def _center_crop(config: DataConfig) -> _Crop:
     def crop(contents: tf.Tensor, numbers: tf.Tensor, **options: int) -> tf.Tensor:
         del numbers
@@ -173,19 +223,6 @@ def _center_crop(config: DataConfig) -> _Crop:
         )
 
     return crop
-
-
-def _in_order(
-    split: Split, config: DataConfig, rows: slice
-) -> tuple[Callable[[int], _Rows], range]:
-    """The rows of each evaluation batch, and the numbers of the batches."""
-
-    def plan(step: int) -> _Rows:
-        size = config.eval_batch_size
-        indices = ordered_indices(len(split.labels), batch_size=size, step=step)[rows]
-        return _rows(split, indices, np.zeros((len(indices), transforms.NUMBERS)))
-
-    return plan, range(-(-len(split.labels) // config.eval_batch_size))
 
 
 def _rows(split: Split, indices: Int[np.ndarray, " r"], numbers: np.ndarray) -> _Rows:

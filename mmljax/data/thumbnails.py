@@ -22,7 +22,7 @@ def thumbnail(split: Split, row: int, *, side: int) -> Image:
     """An image of a split in RGB, its longer side ``side`` pixels; smaller ones keep their size.
 
     Args:
-      split: of paths, encoded bytes or arrays.
+      split: of paths, encoded bytes or arrays; of features, whose pictures are grey.
       row: which image.
       side: pixels.
 
@@ -31,6 +31,8 @@ def thumbnail(split: Split, row: int, *, side: int) -> Image:
     """
     from PIL import Image
 
+    if split.images.ndim == 3:
+        return Image.new("RGB", (side, side), "lightgrey")
     stored = split.images[row]
     too_large = Image.DecompressionBombWarning, Image.DecompressionBombError
     try:

@@ -1,7 +1,8 @@
 """Load the trained network of a run from its checkpoint.
 
 Only the network's weights and BatchNorm statistics are read, not the proxies and the optimiser's
-state, which are larger. The data set is not needed.
+state, which are larger. The data set is not needed. A head that was trained on features is joined
+with the backbone that made them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from mmljax.config import Config, ModelConfig, fingerprint
+from mmljax.data.load import FEATURES
+from mmljax.data.readers.features import read_identity
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh, replicated
 from mmljax.models.embedder import make_embedder
 from mmljax.retrieval.evaluate import make_embed
 from mmljax.runs.reader import CONFIG, read_config
 from mmljax.training.checkpoints import PartialCheckpoint, steps_in
+from mmljax.training.state import make_model
 from mmljax.types import Params
 
 
@@ -66,20 +70,20 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     config = read_config(run)
     step = _checked_step(run, step)
     checkpoint = PartialCheckpoint(run / "checkpoints", step=step)
-    channels = _channels(config.model, checkpoint.shapes(), run=run)
-    graphdef, target = _abstract(config.model, channels)
     mesh = make_mesh()
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), target
-    )
-    state = checkpoint.restore(target)
+    if config.data.source == FEATURES:
+        channels, graphdef, state = _joined(run, config, checkpoint, mesh)
+    else:
+        channels = _channels(config.model, checkpoint.shapes(), run=run)
+        graphdef, target = _abstract(config.model, channels)
+        state = checkpoint.restore(_on(mesh, target))
     network, model_state = state["params"]["network"], state["model_state"]
     data, size = config.data, config.model.embedding_size
     identity = {
         "run": run.resolve().name,
         "step": step,
         "config": fingerprint(config),
-        "weights": _digest(state),
+        "weights": weights_digest(state),
         "image_size": data.image_size,
         "resize_size": data.resize_size,
         "embedding_size": size,
@@ -88,7 +92,8 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     crop = (data.image_size, data.image_size, channels)
 
     def embed(images: UInt8[Array, "b s s ch"]) -> Float[Array, "b d"]:
-        if images.dtype != np.uint8 or images.shape[1:] != crop:
+        features = images.ndim == 2 and config.data.source == FEATURES
+        if not features and (images.dtype != np.uint8 or images.shape[1:] != crop):
             raise UserError(
                 f"images must be uint8 [b {data.image_size} {data.image_size} {channels}], found "
                 f"{images.dtype} {images.shape}; crop them as the run's evaluation does"
@@ -128,6 +133,48 @@ def _checked_step(run: Path, step: int | None) -> int:
     if step is not None and step not in steps:
         raise UserError(f"--step={step} is not kept in {run}; kept: {', '.join(map(str, steps))}")
     return steps[-1] if step is None else step
+
+
+def _on(mesh: Mesh, target: Any) -> Any:
+    """Shapes to restore to, whole on every device."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), target
+    )
+
+
+def _joined(
+    run: Path, config: Config, checkpoint: PartialCheckpoint, mesh: Mesh
+) -> tuple[int, nnx.GraphDef, dict[str, Any]]:
+    """The network of a head that was trained on features, with the backbone of the features.
+
+    Raises:
+      UserError: if the backbone's weights are absent, or are not those of the features.
+    """
+    identity = read_identity(run, where=f"run {run}")
+    channels = identity["channels"]
+    try:
+        graphdef, network, model_state = make_model(
+            config.model, seed=identity["seed"], channels=channels, pretrained=True
+        )
+    except UserError as error:
+        raise UserError(
+            f"run {run} is a head on features, which needs its backbone to embed images: {error}"
+        ) from error
+    model = nnx.merge(graphdef, network, model_state)
+    if weights_digest(nnx.to_pure_dict(nnx.state(model.backbone))) != identity["weights"]:
+        raise UserError(
+            f"run {run} is a head on features of other weights than "
+            f"--config.model.pretrained={config.model.pretrained!r} has now; restore those weights"
+        )
+    target: dict[str, Any] = {
+        "params": {"network": {"head": network["head"]}},
+        "model_state": {"head": model_state["head"]} if "head" in model_state else {},
+    }
+    state = checkpoint.restore(_on(mesh, target))
+    state["params"]["network"]["backbone"] = jax.device_put(network["backbone"], replicated(mesh))
+    if "backbone" in model_state:
+        state["model_state"]["backbone"] = jax.device_put(model_state["backbone"], replicated(mesh))
+    return channels, graphdef, state
 
 
 def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -170,7 +217,7 @@ def _shapes(target: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _digest(state: dict[str, Any]) -> str:
+def weights_digest(state: Any) -> str:
     """Sixteen hexadecimal digits that change with any weight."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

@@ -27,14 +27,11 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": j
 
 
 class Embedder(nnx.Module):
-    """``backbone`` and ``head``, the names by which optimiser groups are selected.
-
-    Without a backbone it embeds features that a backbone gave before, pooled.
-    """
+    """``backbone`` and ``head``, the names by which optimiser groups are selected."""
 
     def __init__(
         self,
-        backbone: Backbone | None,
+        backbone: Backbone,
         head: Head,
         *,
         frozen_batch_norm: bool,
@@ -71,8 +68,8 @@ class Embedder(nnx.Module):
         """Return the pooled features of images in evaluation, which ``__call__`` takes as well."""
         return self.head.pooled(self._backbone_of(images, train=False))
 
-    def without_backbone(self, features: int) -> Embedder:
-        """Return an embedder of pooled features with the same head.
+    def without_backbone(self, features: int) -> FeatureEmbedder:
+        """Return the head alone, as an embedder of pooled features.
 
         Raises:
           UserError: if the backbone gives another number of channels than ``features``.
@@ -82,18 +79,25 @@ class Embedder(nnx.Module):
                 f"--config.data.directory has features of {features} channels, but the backbone "
                 f"gives {self.backbone.features}; make the features with this config's model"
             )
-        return Embedder(
-            None,
-            self.head,
-            frozen_batch_norm=self.frozen_batch_norm,
-            pixel_norm=self.pixel_norm,
-            dtype=self.dtype,
-        )
+        return FeatureEmbedder(self.head)
 
     def _backbone_of(self, images: Array, *, train: bool) -> Float[Array, "b *n f"]:
         dtype = at_least_float32(self.dtype)
         x = normalize_pixels(images, norm=PIXEL_NORMS[self.pixel_norm], dtype=dtype)
         return self.backbone(x, train=train and not self.frozen_batch_norm)
+
+
+class FeatureEmbedder(nnx.Module):
+    """The ``head`` of an embedder, on features that its backbone gave before."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    def __call__(
+        self, features: Float[Array, "b f"], *, train: bool, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b d"]:
+        """Return unit vectors of pooled features; ``train`` and ``keys`` as in ``Embedder``."""
+        return self.head(features, train=train, keys=keys)
 
 
 def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embedder:

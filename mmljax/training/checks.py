@@ -189,6 +189,7 @@ def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | N
             config,
             classes=dataset.classes,
             channels=load.image_channels(dataset),
+            features=load.feature_size(dataset),
             train_examples=len(dataset.train.labels),
             mesh=make_mesh(),
         )

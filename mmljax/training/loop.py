@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mmljax.config import Config, from_mapping, to_dict
 from mmljax.data import load
 from mmljax.data.fingerprint import dataset_fingerprint
+from mmljax.data.readers.features import copy_identity
 from mmljax.data.readers.splits import count_small_classes
 from mmljax.errors import Preempted, UserError
 from mmljax.mesh import agree, is_main_process, make_mesh, sync
@@ -84,6 +85,7 @@ def train(
         config,
         classes=dataset.classes,
         channels=load.image_channels(dataset),
+        features=load.feature_size(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
         pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else a checkpoint has them
@@ -91,11 +93,13 @@ def train(
     state, total = trainer.state, trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
-    score = _make_score(config, dataset, trainer, mesh)
+    score = make_score(config, dataset, trainer, mesh)
     protocol = records.evaluation_protocol(dataset, config)
 
     with ExitStack() as stack:  # however the run ends, pending saves are finished
         stack.enter_context(claimed(workdir, config, dataset_fingerprint(dataset)))
+        if config.data.source == load.FEATURES and is_main_process():
+            copy_identity(Path(config.data.directory), workdir)
         preemption = stack.enter_context(Preemption())
         saved = checkpoints.Checkpoints(
             workdir / "checkpoints",
@@ -171,7 +175,7 @@ def train(
     return results
 
 
-def _make_score(
+def make_score(
     config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh
 ) -> Callable[[TrainState], Retrieval]:
     """The evaluation of a state on the query and gallery splits."""

@@ -15,7 +15,7 @@ from mmljax.config import ModelConfig
 from mmljax.errors import UserError
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS, spread
-from mmljax.models.embedder import make_embedder
+from mmljax.models.embedder import Embedder, FeatureEmbedder, make_embedder
 from mmljax.models.pretrained import load_pretrained
 from mmljax.types import TrainState
 
@@ -24,18 +24,35 @@ PROXY_MULTIPLE = 128
 
 
 def make_model(
-    config: ModelConfig, *, seed: int, channels: int, pretrained: bool
+    config: ModelConfig, *, seed: int, channels: int, pretrained: bool, features: int = 0
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """Graph, parameters and BatchNorm statistics of a new embedder.
 
+    Args:
+      config: of the model.
+      seed: of the parameters.
+      channels: of the images.
+      pretrained: whether to load the weights that the config names, if any.
+      features: channels of the features that take the place of images; the embedder then has the
+        same head and no backbone. 0 for images.
+
     Raises:
-      UserError: if the weights that the config names cannot be used.
+      UserError: if the weights that the config names cannot be used, or the backbone's features
+        have another number of channels.
     """
-    # This generator compiles several times faster than the default one, per shape of a parameter.
-    rngs = nnx.Rngs(jax.random.key(seed, impl="rbg"))
-    model = make_embedder(config, channels=channels, rngs=rngs)
-    if pretrained and config.pretrained:
-        load_pretrained(model.backbone, config.pretrained)
+
+    def build() -> Embedder:
+        # This generator compiles several times faster than the default one, per shape.
+        rngs = nnx.Rngs(jax.random.key(seed, impl="rbg"))
+        return make_embedder(config, channels=channels, rngs=rngs)
+
+    model: Embedder | FeatureEmbedder
+    if features:
+        model = nnx.jit(lambda: build().without_backbone(features))()  # makes no backbone's arrays
+    else:
+        model = whole = build()
+        if pretrained and config.pretrained:
+            load_pretrained(whole.backbone, config.pretrained)
     graphdef, network, *rest = nnx.split(model, nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(network), nnx.to_pure_dict(rest[0])
 

@@ -61,6 +61,7 @@ def make_trainer(
     train_examples: int,
     mesh: Mesh,
     pretrained: bool = True,
+    features: int = 0,
 ) -> Trainer:
     """Build everything that the config names; a mistake in it shows here.
 
@@ -71,6 +72,7 @@ def make_trainer(
       train_examples: images of the training split, the length of an epoch.
       mesh: over which batch and proxies are split.
       pretrained: whether to load the weights that the config names, if any.
+      features: channels of the features that take the place of images; 0 for images.
 
     Raises:
       UserError: on a config that cannot be used.
@@ -92,7 +94,11 @@ def make_trainer(
     schedules = optim.make_schedules(config.optimizer, size)
     optimizer = optim.make_optimizer(config.optimizer, schedules)
     graphdef, network, statistics = make_model(
-        config.model, seed=config.seed, channels=channels, pretrained=pretrained
+        config.model,
+        seed=config.seed,
+        channels=channels,
+        pretrained=pretrained,
+        features=features,
     )
     state = make_state(
         network,
