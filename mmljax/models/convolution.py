@@ -226,8 +226,8 @@ def _product_of_rows(x: Array, y: Array) -> Array:
     rows = x.shape[0] // _PARTS
 
     def add(i: Array, total: Array) -> Array:
-        part = (lax.dynamic_slice_in_dim(z, i * rows, rows) for z in (x, y))
-        return total + lax.dot_general(*part, (((0,), (0,)), ((), ())))
+        a, b = (lax.dynamic_slice_in_dim(z, i * rows, rows) for z in (x, y))
+        return total + lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
     total = jnp.zeros((x.shape[1], y.shape[1]), x.dtype) + 0 * x[0, 0]  # varies as x does
     total = lax.fori_loop(0, _PARTS, add, total)
