@@ -152,12 +152,10 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CombinationConfig:
-    """How the contribution weights are set."""
+    """How the contribution weights are set; ``params`` are the combination's hyperparameters."""
 
     name: str = "share"  # a key of losses.registry.COMBINATIONS
-    params: Mapping[str, float | int | str] = dataclasses.field(
-        default_factory=dict
-    )  # hyperparameters of the combination
+    params: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
     surgery: str = "none"  # none or pcgrad, at the embeddings
 
 
@@ -186,6 +184,7 @@ class OptimizerConfig:
     step_factor: Positive = 0.25
     warmup: str = "1 epochs"  # duration of a linear rise of every rate
     freeze_backbone: str = "0 steps"  # duration in which head and proxies train alone
+    layer_decay: PositiveShare = 1.0  # of the backbone's rate from each layer to the one below
     clip_norm: NotNegative = 10.0  # largest norm of each group's gradient; 0 for no clipping
 
 

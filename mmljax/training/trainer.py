@@ -90,10 +90,11 @@ def make_trainer(
     memory_start = in_steps(config.memory.start, key="config.memory.start")
     objective = make_objective(config, classes=classes, memory_start=memory_start)
     schedules = optim.make_schedules(config.optimizer, size)
-    optimizer = optim.make_optimizer(config.optimizer, schedules)
     graphdef, network, statistics = make_model(
         config.model, seed=config.seed, channels=channels, pretrained=pretrained
     )
+    layers = nnx.merge(graphdef, network, statistics).backbone.layers()
+    optimizer = optim.make_optimizer(config.optimizer, schedules, layers=layers)
     state = make_state(
         network,
         statistics,
