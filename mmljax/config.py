@@ -185,6 +185,7 @@ class OptimizerConfig:
     warmup: str = "1 epochs"  # duration of a linear rise of every rate
     freeze_backbone: str = "0 steps"  # duration in which head and proxies train alone
     layer_decay: PositiveShare = 1.0  # of the backbone's rate from each layer to the one below
+    ema_decay: Decay = 0.0  # of the moving average of the weights, which is evaluated; 0: none
     clip_norm: NotNegative = 10.0  # largest norm of each group's gradient; 0 for no clipping
 
 

@@ -1,7 +1,7 @@
 """Load the trained network of a run from its checkpoint.
 
-Only the network's weights and BatchNorm statistics are read, not the proxies and the optimiser's
-state, which are larger. The data set is not needed.
+Only the network's weights and BatchNorm statistics are read, or their moving average where the run
+has one, not the proxies and the optimiser's state, which are larger. The data set is not needed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from mmljax.retrieval.evaluate import make_embed
 from mmljax.runs.reader import CONFIG, read_config
 from mmljax.training.checkpoints import PartialCheckpoint, steps_in
 from mmljax.types import Params
+
+
+class Weights(NamedTuple):
+    """What a network in evaluation mode consists of."""
+
+    network: Params
+    model_state: Params  # BatchNorm statistics
 
 
 class TrainedEmbedder(NamedTuple):
@@ -66,20 +73,23 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     config = read_config(run)
     step = _checked_step(run, step)
     checkpoint = PartialCheckpoint(run / "checkpoints", step=step)
-    channels = _channels(config.model, checkpoint.shapes(), run=run)
-    graphdef, target = _abstract(config.model, channels)
+    shapes = checkpoint.shapes()
+    averaged = any(name.startswith("average.") for name in shapes)
+    channels = _channels(config.model, shapes, run=run, averaged=averaged)
+    graphdef, weights = _abstract(config.model, channels)
     mesh = make_mesh()
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), target
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), weights
     )
-    state = checkpoint.restore(target)
-    network, model_state = state["params"]["network"], state["model_state"]
+    state = checkpoint.restore(_named(target, averaged=averaged))
+    kept = state["average"] if averaged else {**state["params"], **state}
+    network, model_state = kept["network"], kept["model_state"]
     data, size = config.data, config.model.embedding_size
     identity = {
         "run": run.resolve().name,
         "step": step,
         "config": fingerprint(config),
-        "weights": _digest(state),
+        "weights": _digest(_named(Weights(network, model_state), averaged=False)),
         "image_size": data.image_size,
         "resize_size": data.resize_size,
         "embedding_size": size,
@@ -130,29 +140,39 @@ def _checked_step(run: Path, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The network's graph, and the shapes of its part of a train state."""
+def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, Weights]:
+    """The network's graph, and the shapes of its weights."""
     model = nnx.eval_shape(
         lambda: make_embedder(config, channels=channels, rngs=nnx.Rngs(jax.random.key(0)))
     )
     graphdef, network, *rest = nnx.split(model, nnx.Param, ...)
-    return graphdef, {
-        "params": {"network": nnx.to_pure_dict(network)},
-        "model_state": nnx.to_pure_dict(rest[0]),
-    }
+    return graphdef, Weights(nnx.to_pure_dict(network), nnx.to_pure_dict(rest[0]))
 
 
-def _channels(config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Path) -> int:
+def _named(weights: Weights, *, averaged: bool) -> dict[str, Any]:
+    """Weights as the part of a train state that holds them: trained ones, or their average."""
+    if averaged:
+        return {"average": weights._asdict()}
+    return {"params": {"network": weights.network}, "model_state": weights.model_state}
+
+
+def _channels(
+    config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Path, averaged: bool
+) -> int:
     """Channels of the images, from the one parameter whose shape depends on them.
 
     Raises:
       UserError: if the checkpoint is not of the config's network.
     """
-    one, two = (_shapes(_abstract(config, channels)[1]) for channels in (1, 2))
+
+    def shapes(channels: int) -> dict[str, tuple[int, ...]]:
+        return _shapes(_named(_abstract(config, channels)[1], averaged=averaged))
+
+    one, two = shapes(1), shapes(2)
     (name,) = (name for name in one if one[name] != two[name])
     axis = next(i for i, size in enumerate(one[name]) if size != two[name][i])
     channels = saved[name][axis] if name in saved else 0
-    expected = _shapes(_abstract(config, channels)[1]) if channels else {name: two[name]}
+    expected = shapes(channels) if channels else {name: two[name]}
     wrong = [name for name, shape in expected.items() if saved.get(name) != shape]
     if wrong:
         raise UserError(

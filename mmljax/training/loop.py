@@ -179,7 +179,7 @@ def _make_score(
 
     def score(state: TrainState) -> Retrieval:
         return evaluate(
-            partial(embed, state.params["network"], state.model_state),
+            partial(embed, *state.evaluated),
             load.eval_batches(dataset.query, config, mesh),
             dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
             recall_at=config.evaluation.recall_at,

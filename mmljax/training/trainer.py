@@ -93,7 +93,8 @@ def make_trainer(
     graphdef, network, statistics = make_model(
         config.model, seed=config.seed, channels=channels, pretrained=pretrained
     )
-    layers = nnx.merge(graphdef, network, statistics).backbone.layers()
+    backbone = nnx.merge(graphdef, network, statistics).backbone
+    layers = () if backbone is None else backbone.layers()
     optimizer = optim.make_optimizer(config.optimizer, schedules, layers=layers)
     state = make_state(
         network,
@@ -102,6 +103,13 @@ def make_trainer(
         optimizer=optimizer,
         seed=config.seed,
         mesh=mesh,
+        averaged=config.optimizer.ema_decay > 0,
     )
-    step = make_train_step(graphdef=graphdef, objective=objective, optimizer=optimizer, mesh=mesh)
+    step = make_train_step(
+        graphdef=graphdef,
+        objective=objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        ema_decay=config.optimizer.ema_decay,
+    )
     return Trainer(graphdef, objective, state, step, schedules, total, in_steps)
