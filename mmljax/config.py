@@ -243,6 +243,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     objectives: Mapping[str, Objective] = dataclasses.field(default_factory=_default_objectives)
     centers: Count = 1  # proxies per class
+    proxies_init: str = "random"  # or class_means: of the embeddings before the first step
     row_block: Natural = 0  # rows of similarities held at once; 0 for all
     memory: MemoryConfig = MemoryConfig()
     combination: CombinationConfig = CombinationConfig()

@@ -80,8 +80,19 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, *, step: int, metrics: Mapping[str, float] | None) -> None:
+    def save(
+        self,
+        state: TrainState | Mapping[str, Any],
+        *,
+        step: int,
+        metrics: Mapping[str, float] | None,
+    ) -> None:
         """Start saving; the state may be donated or changed as soon as this returns.
+
+        Args:
+          state: of a run, or a part of one by its names.
+          step: of the checkpoint.
+          metrics: scores of the state, if it was evaluated.
 
         Raises:
           UserError: if this or the save before could not be written.

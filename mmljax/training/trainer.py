@@ -10,13 +10,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmljax.config import Config, RunSize, steps
+from mmljax.config import Config, RunSize, choose, steps
 from mmljax.errors import UserError
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.training import optim
 from mmljax.training.state import PROXY_MULTIPLE, make_model, make_state
 from mmljax.training.step import TrainStep, make_train_step
 from mmljax.types import TrainState
+
+PROXY_INITS = ("random", "class_means")
 
 
 class Trainer(NamedTuple):
@@ -87,6 +89,7 @@ def make_trainer(
             f"--config.optimizer.warmup={config.optimizer.warmup!r} is {warmup} steps, beyond the "
             f"run's {total}; shorten it, or lengthen --config.duration"
         )
+    choose(dict.fromkeys(PROXY_INITS), config.proxies_init, key="config.proxies_init")
     memory_start = in_steps(config.memory.start, key="config.memory.start")
     objective = make_objective(config, classes=classes, memory_start=memory_start)
     schedules = optim.make_schedules(config.optimizer, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import types
 from pathlib import Path
@@ -67,13 +68,21 @@ class Stop(Exception):
     "changes",
     [
         {"memory__size": 128, "objectives__pair__memory": True},
-        {"optimizer__ema_decay": 0.9, "optimizer__layer_decay": 0.8},
+        {
+            "optimizer__ema_decay": 0.9,
+            "optimizer__layer_decay": 0.8,
+            "proxies_init": "class_means",
+        },
     ],
 )
 def test_interrupted_equals_uninterrupted(
-    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Broken off between two checkpoints; state, metrics and scores are equal bit for bit."""
+    caplog.set_level(logging.INFO, "mmljax")
     config = make_config(tmp_path, **changes)
     train.train(config, tmp_path / "whole")
 
@@ -93,6 +102,8 @@ def test_interrupted_equals_uninterrupted(
     monkeypatch.setattr(load, "train_batches", lambda *a: seen.append(a[-1]) or original(*a))
     train.train(config, tmp_path / "parts")
     assert seen == [range(10, 20)]  # it went on from the checkpoint, not from the start
+    means = 2 if config.proxies_init == "class_means" else 0  # once per run, not on resume
+    assert caplog.text.count("proxies start as class means of 72 training images") == means
 
     assert small_runs.metrics(tmp_path / "whole") == small_runs.metrics(tmp_path / "parts")
     whole, parts = (small_runs.final_state(tmp_path / name) for name in ("whole", "parts"))

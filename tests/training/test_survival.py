@@ -85,6 +85,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "duration": "40 steps",
         "checkpoint__every": "2 steps",
         "optimizer__ema_decay": 0.9,
+        "proxies_init": "class_means",
     }
     return small_runs.write_config(folder / "small.py", images, **changes)
 
