@@ -144,4 +144,8 @@ def describe_groups(params: Mapping[str, Any], config: OptimizerConfig) -> str:
             f"{group:<10}{len(own):>8}{sum(x.size for x in own):>14,}"
             f"{settings.learning_rate:>10.2g}{settings.weight_decay:>10.2g}"
         )
+    if config.layer_decay < 1:
+        lines.append(
+            f"each layer of the backbone has {config.layer_decay:g} of the next one's rate"
+        )
     return "\n".join(lines)

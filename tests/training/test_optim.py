@@ -108,6 +108,8 @@ def test_table_of_groups_counts_every_parameter() -> None:
         "proxies": ["1", "8"],
         "weights": ["1", "3"],
     }
+    decayed = optim.describe_groups(params(), dataclasses.replace(tiny.OPTIMIZER, layer_decay=0.7))
+    assert decayed.splitlines()[-1] == "each layer of the backbone has 0.7 of the next one's rate"
 
 
 def layer_of(name: str, *, blocks_before: dict[str, int], stem: str, last: str) -> int:
@@ -216,8 +218,16 @@ def test_a_run_decays_its_own_backbone(tmp_path: Path) -> None:
     assert jax.tree.leaves(ratios["head"]) == pytest.approx([1, 1], rel=1e-5)
 
 
-@pytest.mark.parametrize("decay", ["0", "1.01", "-0.5"])
-def test_a_layer_decay_out_of_range_is_refused(decay: str) -> None:
-    message = "--config.optimizer.layer_decay must be above 0 and at most 1, found"
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("layer_decay=0", "above 0 and at most 1, found 0"),
+        ("layer_decay=1.01", "above 0 and at most 1, found 1.01"),
+        ("ema_decay=1", "at least 0 and at most 0.999999, found 1"),
+        ("ema_decay=-0.1", "at least 0 and at most 0.999999, found -0.1"),
+    ],
+)
+def test_a_decay_out_of_range_is_refused(override: str, allowed: str) -> None:
+    message = f"--config.optimizer.{override.partition('=')[0]} must be {allowed}"
     with pytest.raises(UserError, match=message):
-        load_config("quickstart", [f"optimizer.layer_decay={decay}"])
+        load_config("quickstart", [f"optimizer.{override}"])
