@@ -31,7 +31,18 @@ from typing import NoReturn
 from mmljax.errors import Preempted, UserError
 from mmljax.text import nearest, one_line, printable
 
-VERBS = ("train", "doctor", "embed", "search", "export", "compare", "page", "atlas", "prepare")
+VERBS = (
+    "train",
+    "doctor",
+    "embed",
+    "search",
+    "export",
+    "interpolate",
+    "compare",
+    "page",
+    "atlas",
+    "prepare",
+)
 
 _LONGEST_WORD = 240  # characters of a path in an error
 
