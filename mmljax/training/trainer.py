@@ -96,8 +96,8 @@ def make_trainer(
     graphdef, network, statistics = make_model(
         config.model, seed=config.seed, channels=channels, pretrained=pretrained
     )
-    backbone = nnx.merge(graphdef, network, statistics).backbone
-    layers = () if backbone is None else backbone.layers()
+    backbone = getattr(nnx.merge(graphdef, network, statistics), "backbone", None)
+    layers = () if backbone is None else backbone.layers()  # a head on features has none
     optimizer = optim.make_optimizer(config.optimizer, schedules, layers=layers)
     state = make_state(
         network,
