@@ -362,7 +362,7 @@ def run_seeds(
             state, scalars = step(state, batch)
             ledger.append(scalars)
         result = evaluate(
-            partial(embed, state.params["network"], state.model_state),
+            partial(embed, *state.evaluated),
             load.eval_batches(dataset.query, config, mesh),
             dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
             recall_at=(1,),

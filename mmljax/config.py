@@ -152,12 +152,10 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CombinationConfig:
-    """How the contribution weights are set."""
+    """How the contribution weights are set; ``params`` are the combination's hyperparameters."""
 
     name: str = "share"  # a key of losses.registry.COMBINATIONS
-    params: Mapping[str, float | int | str] = dataclasses.field(
-        default_factory=dict
-    )  # hyperparameters of the combination
+    params: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
     surgery: str = "none"  # none or pcgrad, at the embeddings
 
 
@@ -186,6 +184,8 @@ class OptimizerConfig:
     step_factor: Positive = 0.25
     warmup: str = "1 epochs"  # duration of a linear rise of every rate
     freeze_backbone: str = "0 steps"  # duration in which head and proxies train alone
+    layer_decay: PositiveShare = 1.0  # of the backbone's rate from each layer to the one below
+    ema_decay: Decay = 0.0  # of the moving average of the weights, which is evaluated; 0: none
     clip_norm: NotNegative = 10.0  # largest norm of each group's gradient; 0 for no clipping
 
 
@@ -243,6 +243,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     objectives: Mapping[str, Objective] = dataclasses.field(default_factory=_default_objectives)
     centers: Count = 1  # proxies per class
+    proxies_init: str = "random"  # or class_means: of the embeddings before the first step
     row_block: Natural = 0  # rows of similarities held at once; 0 for all
     memory: MemoryConfig = MemoryConfig()
     combination: CombinationConfig = CombinationConfig()

@@ -160,6 +160,14 @@ class TrainState(NamedTuple):
     model_state: Params  # BatchNorm statistics
     objective: ObjectiveState
     optimizer_state: Params
+    average: Params = ()  # of the weights: the keys network and model_state; empty without one
+
+    @property
+    def evaluated(self) -> tuple[Params, Params]:
+        """The network's parameters and statistics that are evaluated: the average, if any."""
+        if self.average:
+            return self.average["network"], self.average["model_state"]
+        return self.params["network"], self.model_state
 
     @property
     def step(self) -> Int[Array, ""]:

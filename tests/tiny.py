@@ -115,6 +115,7 @@ def make(
     dtype: Any = jnp.float32,
     rows: Any = None,
     optimizer: Any = None,
+    ema_decay: float = 0.0,
     **options: Any,
 ) -> tuple[Any, TrainState, Any, Any]:
     """``(step, state, place, graphdef)`` on that many virtual devices."""
@@ -131,6 +132,13 @@ def make(
         optimizer=optimizer,
         seed=3,
         mesh=mesh,
+        averaged=ema_decay > 0,
     )
-    step = make_train_step(graphdef=graphdef, objective=objective, optimizer=optimizer, mesh=mesh)
+    step = make_train_step(
+        graphdef=graphdef,
+        objective=objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        ema_decay=ema_decay,
+    )
     return step, state, partial(place, mesh=mesh), graphdef

@@ -33,7 +33,7 @@ from mmljax.errors import Preempted, UserError
 from mmljax.text import nearest, one_line, printable
 
 VERBS = (
-    *("train", "doctor", "features", "sweep", "embed", "search", "export"),
+    *("train", "doctor", "features", "sweep", "interpolate", "embed", "search", "export"),
     *("compare", "page", "atlas", "prepare"),
 )
 

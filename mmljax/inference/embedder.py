@@ -1,8 +1,8 @@
 """Load the trained network of a run from its checkpoint.
 
-Only the network's weights and BatchNorm statistics are read, not the proxies and the optimiser's
-state, which are larger. The data set is not needed. A head that was trained on features is joined
-with the backbone that made them.
+Only the network's weights and BatchNorm statistics are read, or their moving average where the run
+has one, not the proxies and the optimiser's state, which are larger. The data set is not needed. A
+head that was trained on features is joined with the backbone that made them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ from mmljax.runs.reader import CONFIG, read_config
 from mmljax.training.checkpoints import PartialCheckpoint, steps_in
 from mmljax.training.state import make_model
 from mmljax.types import Params
+
+
+class Weights(NamedTuple):
+    """What a network in evaluation mode consists of."""
+
+    network: Params
+    model_state: Params  # BatchNorm statistics
 
 
 class TrainedEmbedder(NamedTuple):
@@ -70,20 +77,21 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     config = read_config(run)
     step = _checked_step(run, step)
     checkpoint = PartialCheckpoint(run / "checkpoints", step=step)
-    mesh = make_mesh()
+    shapes, mesh = checkpoint.shapes(), make_mesh()
+    averaged = any(name.startswith("average.") for name in shapes)
     if config.data.source == FEATURES:
-        channels, graphdef, state = _joined(run, config, checkpoint, mesh)
+        channels, graphdef, weights = _joined(run, config, checkpoint, mesh, averaged=averaged)
     else:
-        channels = _channels(config.model, checkpoint.shapes(), run=run)
+        channels = _channels(config.model, shapes, run=run, averaged=averaged)
         graphdef, target = _abstract(config.model, channels)
-        state = checkpoint.restore(_on(mesh, target))
-    network, model_state = state["params"]["network"], state["model_state"]
+        weights = _restored(checkpoint, target, mesh, averaged=averaged)
+    network, model_state = weights
     data, size = config.data, config.model.embedding_size
     identity = {
         "run": run.resolve().name,
         "step": step,
         "config": fingerprint(config),
-        "weights": weights_digest(state),
+        "weights": weights_digest(_named(weights, averaged=False)),
         "image_size": data.image_size,
         "resize_size": data.resize_size,
         "embedding_size": size,
@@ -135,16 +143,21 @@ def _checked_step(run: Path, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def _on(mesh: Mesh, target: Any) -> Any:
-    """Shapes to restore to, whole on every device."""
-    return jax.tree.map(
+def _restored(
+    checkpoint: PartialCheckpoint, target: Weights, mesh: Mesh, *, averaged: bool
+) -> Weights:
+    """The trained weights, or their average, whole on every device."""
+    shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), target
     )
+    state = checkpoint.restore(_named(shapes, averaged=averaged))
+    kept = state["average"] if averaged else {**state["params"], **state}
+    return Weights(kept["network"], kept["model_state"])
 
 
 def _joined(
-    run: Path, config: Config, checkpoint: PartialCheckpoint, mesh: Mesh
-) -> tuple[int, nnx.GraphDef, dict[str, Any]]:
+    run: Path, config: Config, checkpoint: PartialCheckpoint, mesh: Mesh, *, averaged: bool
+) -> tuple[int, nnx.GraphDef, Weights]:
     """The network of a head that was trained on features, with the backbone of the features.
 
     Raises:
@@ -153,53 +166,58 @@ def _joined(
     identity = read_identity(run, where=f"run {run}")
     channels = identity["channels"]
     try:
-        graphdef, network, model_state = make_model(
+        graphdef, *state = make_model(
             config.model, seed=identity["seed"], channels=channels, pretrained=True
         )
     except UserError as error:
         raise UserError(
             f"run {run} is a head on features, which needs its backbone to embed images: {error}"
         ) from error
-    model = nnx.merge(graphdef, network, model_state)
-    if weights_digest(nnx.to_pure_dict(nnx.state(model.backbone))) != identity["weights"]:
+    backbone = nnx.merge(graphdef, *state).backbone
+    if weights_digest(nnx.to_pure_dict(nnx.state(backbone))) != identity["weights"]:
         raise UserError(
             f"run {run} is a head on features of other weights than "
             f"--config.model.pretrained={config.model.pretrained!r} has now; restore those weights"
         )
-    target: dict[str, Any] = {
-        "params": {"network": {"head": network["head"]}},
-        "model_state": {"head": model_state["head"]} if "head" in model_state else {},
-    }
-    state = checkpoint.restore(_on(mesh, target))
-    state["params"]["network"]["backbone"] = jax.device_put(network["backbone"], replicated(mesh))
-    if "backbone" in model_state:
-        state["model_state"]["backbone"] = jax.device_put(model_state["backbone"], replicated(mesh))
-    return channels, graphdef, state
+    whole = [jax.device_put(part, replicated(mesh)) for part in state]
+    heads = Weights(*({"head": part["head"]} if "head" in part else {} for part in whole))
+    trained = _restored(checkpoint, heads, mesh, averaged=averaged)
+    return channels, graphdef, Weights(*({**a, **b} for a, b in zip(whole, trained, strict=True)))
 
 
-def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The network's graph, and the shapes of its part of a train state."""
+def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, Weights]:
+    """The network's graph, and the shapes of its weights."""
     model = nnx.eval_shape(
         lambda: make_embedder(config, channels=channels, rngs=nnx.Rngs(jax.random.key(0)))
     )
     graphdef, network, *rest = nnx.split(model, nnx.Param, ...)
-    return graphdef, {
-        "params": {"network": nnx.to_pure_dict(network)},
-        "model_state": nnx.to_pure_dict(rest[0]),
-    }
+    return graphdef, Weights(nnx.to_pure_dict(network), nnx.to_pure_dict(rest[0]))
 
 
-def _channels(config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Path) -> int:
+def _named(weights: Weights, *, averaged: bool) -> dict[str, Any]:
+    """Weights as the part of a train state that holds them: trained ones, or their average."""
+    if averaged:
+        return {"average": weights._asdict()}
+    return {"params": {"network": weights.network}, "model_state": weights.model_state}
+
+
+def _channels(
+    config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Path, averaged: bool
+) -> int:
     """Channels of the images, from the one parameter whose shape depends on them.
 
     Raises:
       UserError: if the checkpoint is not of the config's network.
     """
-    one, two = (_shapes(_abstract(config, channels)[1]) for channels in (1, 2))
+
+    def shapes(channels: int) -> dict[str, tuple[int, ...]]:
+        return _shapes(_named(_abstract(config, channels)[1], averaged=averaged))
+
+    one, two = shapes(1), shapes(2)
     (name,) = (name for name in one if one[name] != two[name])
     axis = next(i for i, size in enumerate(one[name]) if size != two[name][i])
     channels = saved[name][axis] if name in saved else 0
-    expected = _shapes(_abstract(config, channels)[1]) if channels else {name: two[name]}
+    expected = shapes(channels) if channels else {name: two[name]}
     wrong = [name for name, shape in expected.items() if saved.get(name) != shape]
     if wrong:
         raise UserError(

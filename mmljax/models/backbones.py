@@ -13,7 +13,10 @@ from mmljax.models.resnet import RESNETS, ResNet
 from mmljax.models.vit import VITS, VisionTransformer
 
 Backbone = ResNet | EfficientNetLite | VisionTransformer
-"""``(images, *, train) -> features``; ``output`` says whether these are a map or tokens."""
+"""``(images, *, train) -> features``; ``output`` says whether these are a map or tokens.
+
+``layers()`` has the names of the modules of each layer, from the stem to the last.
+"""
 
 BACKBONES: Mapping[str, Callable[..., Backbone]] = {**RESNETS, **EFFICIENTNETS, **VITS}
 

@@ -142,6 +142,11 @@ class EfficientNetLite(nnx.Module):
         self.conv_head = conv(last, self.features, kernel=1)
         self.bn1 = norm(self.features)
 
+    def layers(self) -> list[tuple[str, ...]]:
+        """Names of the modules of each layer: the stem, each block, the last convolution."""
+        blocks = [(f"blocks.{i}",) for i in range(len(self.blocks))]
+        return [("conv_stem", "bn0"), *blocks, ("conv_head", "bn1")]
+
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool
     ) -> Float[Array, "b h2 w2 features"]:

@@ -119,6 +119,12 @@ class ResNet(nnx.Module):
                 self.features = width * 2**i * block.expansion
             setattr(self, name, nnx.List(blocks))
 
+    def layers(self) -> list[tuple[str, ...]]:
+        """Names of the modules of each layer: the stem, then each block."""
+        depths = {name: len(getattr(self, name)) for name in self.stages}
+        blocks = [(f"{name}.{i}",) for name, depth in depths.items() for i in range(depth)]
+        return [("conv1", "bn1"), *blocks]
+
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool
     ) -> Float[Array, "b h2 w2 features"]:

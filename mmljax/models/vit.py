@@ -101,6 +101,11 @@ class VisionTransformer(nnx.Module):
         self.blocks = nnx.List([Block(size, heads, dtype=dtype, rngs=rngs) for _ in range(depth)])
         self.norm = _layer_norm(size, dtype=dtype, rngs=rngs)
 
+    def layers(self) -> list[tuple[str, ...]]:
+        """Names of the modules of each layer: the tokens' embedding, each block, the last norm."""
+        blocks = [(f"blocks.{i}",) for i in range(len(self.blocks))]
+        return [("patch_embed", "cls_token", "pos_embed"), *blocks, ("norm",)]
+
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool
     ) -> Float[Array, "b n features"]:

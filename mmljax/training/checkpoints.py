@@ -29,11 +29,12 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    A checkpoint holds the train state: parameters, optimiser state, BatchNorm statistics,
-    contribution weights, cross-batch memory, random key and the step, which is also the position
-    in the data. It is written to a temporary folder and renamed when whole, so a run that is killed
-    while saving resumes from the one before. One that cannot be read all the same is reported and
-    moved into ``torn`` beside the others, and the one before it is used.
+    A checkpoint holds the train state: parameters, optimiser state, BatchNorm statistics, their
+    moving average if the run has one, contribution weights, cross-batch memory, random key and the
+    step, which is also the position in the data. It is written to a temporary folder and renamed
+    when whole, so a run that is killed while saving resumes from the one before. One that cannot be
+    read all the same is reported and moved into ``torn`` beside the others, and the one before it
+    is used.
 
     Raises:
       UserError: if there are checkpoints and none can be read.
@@ -79,8 +80,19 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, *, step: int, metrics: Mapping[str, float] | None) -> None:
+    def save(
+        self,
+        state: TrainState | Mapping[str, Any],
+        *,
+        step: int,
+        metrics: Mapping[str, float] | None,
+    ) -> None:
         """Start saving; the state may be donated or changed as soon as this returns.
+
+        Args:
+          state: of a run, or a part of one by its names.
+          step: of the checkpoint.
+          metrics: scores of the state, if it was evaluated.
 
         Raises:
           UserError: if this or the save before could not be written.

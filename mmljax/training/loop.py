@@ -31,6 +31,7 @@ from mmljax.runs.workdir import claimed
 from mmljax.training import checkpoints, optim
 from mmljax.training.checks import check_disk
 from mmljax.training.preemption import Preemption
+from mmljax.training.proxies import init_proxies
 from mmljax.training.state import describe_state
 from mmljax.training.trainer import Trainer, make_trainer
 from mmljax.types import Dataset, TrainState
@@ -112,6 +113,8 @@ def train(
         if first == 0 and (room := check_disk(workdir, state, kept=config.checkpoint)).failed:
             raise UserError(f"disk: {room.text}")
         _describe(config, dataset, state, total=total, first=first)
+        if first == 0:
+            state = init_proxies(state, config, dataset, trainer, mesh)
         reporter = writer.Reporter(
             workdir,
             start_step=first,
@@ -183,7 +186,7 @@ def make_score(
 
     def score(state: TrainState) -> Retrieval:
         return evaluate(
-            partial(embed, state.params["network"], state.model_state),
+            partial(embed, *state.evaluated),
             load.eval_batches(dataset.query, config, mesh),
             dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
             recall_at=config.evaluation.recall_at,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,13 +64,27 @@ def make_schedules(config: OptimizerConfig, size: RunSize) -> dict[str, optax.Sc
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedules: Mapping[str, optax.Schedule]
+    config: OptimizerConfig,
+    schedules: Mapping[str, optax.Schedule],
+    *,
+    layers: Sequence[Sequence[str]] = (),
 ) -> optax.GradientTransformation:
     """One optimiser per group.
 
     Each group's gradient is clipped by the group's own norm. Weight decay skips vectors (biases,
     scales). The contribution weights are trained by plain gradient descent, whose step on
     log-weights is the multiplicative update that ``combination.share`` and ``uncertainty`` expect.
+
+    Layer-wise decay multiplies the whole update of the backbone's layer ``i`` of ``0 .. n`` by
+    ``layer_decay ** (n - i)``, weight decay included (Clark et al. 2020, arXiv 2003.10555; Bao et
+    al. 2022, arXiv 2106.08254). As in the latter, the stem is layer 0, and what follows the blocks
+    is layer n. The head has a rate of its own.
+
+    Args:
+      config: of the optimiser.
+      schedules: learning rate of each group.
+      layers: names of the modules of each layer of the backbone, from the stem on; needed for a
+        layer decay below 1.
 
     Raises:
       UserError: on an unknown optimiser.
@@ -88,14 +102,30 @@ def make_optimizer(
         if group == "weights":
             return optax.scale_by_learning_rate(schedules[group])
         settings: GroupConfig = getattr(config, group)
+        layered = group == "backbone" and config.layer_decay < 1
         return optax.chain(
             optax.clip_by_global_norm(config.clip_norm or math.inf),
             scale_by(),
             optax.add_decayed_weights(settings.weight_decay, mask=_is_matrix),
             optax.scale_by_learning_rate(schedules[group]),
+            *([_scale_layers(layers, config.layer_decay)] if layered else []),
         )
 
     return optax.partition({group: chain(group) for group in GROUPS}, label_groups)
+
+
+def _scale_layers(
+    layers: Sequence[Sequence[str]], decay: float
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the update of each layer of the backbone by its factor."""
+    factors = {name: decay ** (len(layers) - 1 - i) for i, own in enumerate(layers) for name in own}
+
+    def scale(path: Any, update: Any) -> Any:
+        name = ".".join(str(entry.key) for entry in path[2:])  # after network and backbone
+        (module,) = (module for module in factors if f"{name}.".startswith(f"{module}."))
+        return update * factors[module]
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def _is_matrix(params: Any) -> Any:
@@ -113,5 +143,9 @@ def describe_groups(params: Mapping[str, Any], config: OptimizerConfig) -> str:
         lines.append(
             f"{group:<10}{len(own):>8}{sum(x.size for x in own):>14,}"
             f"{settings.learning_rate:>10.2g}{settings.weight_decay:>10.2g}"
+        )
+    if config.layer_decay < 1:
+        lines.append(
+            f"each layer of the backbone has {config.layer_decay:g} of the next one's rate"
         )
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS, spread
 from mmljax.models.embedder import Embedder, FeatureEmbedder, make_embedder
 from mmljax.models.pretrained import load_pretrained
-from mmljax.types import TrainState
+from mmljax.types import Params, TrainState
 
 PROXY_MULTIPLE = 128
 """Classes and memory slots are padded to it, so that a checkpoint fits any device count."""
@@ -65,6 +65,7 @@ def make_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh,
+    averaged: bool = False,
 ) -> TrainState:
     """The state before the first step, laid out over the mesh.
 
@@ -75,6 +76,8 @@ def make_state(
       optimizer: for ``{"network", "proxies", "weights"}``.
       seed: of the proxies and of all later draws.
       mesh: of one axis.
+      averaged: whether the state has a moving average of network and statistics, which starts as
+        a copy of them.
 
     Raises:
       UserError: if the proxies do not divide over the devices.
@@ -87,7 +90,11 @@ def make_state(
     dtype = jax.tree.leaves(network)[0].dtype
     objective_params, objective_state = objective.init(jax.random.key(seed), dtype=dtype)
     params = {"network": network, **objective_params}
-    state = TrainState(params, model_state, objective_state, optimizer.init(params))
+    average: Params = ()
+    if averaged:
+        weights = {"network": network, "model_state": model_state}
+        average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(weights)
+    state = TrainState(params, model_state, objective_state, optimizer.init(params), average)
     return spread(state, shardings(state, objective, mesh))
 
 
@@ -106,7 +113,9 @@ def partition_specs(state: TrainState, objective: MultiObjective) -> TrainState:
         optimizer = optax.transforms.PartitionState(
             {name: moments if name == "proxies" else whole for name in groups}
         )
-    prefix = TrainState({"network": whole, **objective_params}, whole, objective_state, optimizer)
+    prefix = TrainState(
+        {"network": whole, **objective_params}, whole, objective_state, optimizer, whole
+    )
     return jax.tree.broadcast(prefix, state, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
@@ -132,6 +141,7 @@ def state_bytes(state: TrainState) -> dict[str, int]:
         "network": state.params["network"],
         "proxies": state.params["proxies"],
         "statistics": state.model_state,
+        "average": state.average,
         "memory": state.objective.memory,
         "optimizer of proxies": moments,
     }

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from mmljax.losses.collectives import Axis
 from mmljax.losses.ledger import Scalars
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS
-from mmljax.types import Batch, ObjectiveState, TrainState
+from mmljax.types import Batch, ObjectiveState, Params, TrainState
 
 _NETWORK = 2**31  # the stream of the network's keys; the objectives use those of the steps
 
@@ -36,6 +36,7 @@ def make_train_step(
     objective: MultiObjective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
     """Bind everything static into a jitted step.
 
@@ -44,6 +45,7 @@ def make_train_step(
       objective: of the embeddings and the proxies.
       optimizer: for ``state.params``.
       mesh: of one axis, over which the batch and the proxies are split.
+      ema_decay: of the moving average, where the state has one.
     """
 
     def gradients(params: Any, model_state: Any, state: ObjectiveState, batch: Batch) -> Any:
@@ -81,7 +83,11 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         for group in ("network", "proxies"):
             ledger[f"gradient_norm/{group}"] = optax.tree.norm(grads[group])
-        return TrainState(params, statistics, objective_state, optimizer_state), ledger
+        average = state.average
+        if average:
+            new = {"network": params["network"], "model_state": statistics}
+            average = move_average(average, new, step=state.step, decay=ema_decay)
+        return TrainState(params, statistics, objective_state, optimizer_state, average), ledger
 
     return jax.jit(step, donate_argnums=0)
 
@@ -91,3 +97,27 @@ def _keys(state: ObjectiveState, count: int) -> PRNGKeyArray:
     key = jax.random.fold_in(jax.random.fold_in(state.key, _NETWORK), state.step)
     positions = Axis(AXIS).index() * count + jnp.arange(count)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+
+
+def move_average(average: Params, new: Params, *, step: Int[Array, ""], decay: float) -> Params:
+    """The next exponential moving average, ``d average + (1 - d) new``.
+
+    ``d = min(decay, (1 + t) / (10 + t))`` after ``t`` earlier updates, the warm-up of TensorFlow's
+    ``ExponentialMovingAverage``, so that the weights before the first step soon lose their part.
+    What does not change stays equal bit for bit. Arrays of other than real numbers are replaced.
+
+    Args:
+      average: of the arrays so far; at ``t = 0`` the arrays before the first update.
+      new: the arrays after this update.
+      step: ``t``.
+      decay: from 0 to below 1. In float32 a difference below about 1e-7 / (1 - decay) of a value
+        is lost.
+    """
+
+    def move(old: Array, new: Array) -> Array:
+        if not jnp.issubdtype(old.dtype, jnp.floating):
+            return new
+        rest = jnp.maximum(1 - decay, 9 / (10 + step.astype(old.dtype)))  # 1 - d
+        return old + rest * (new - old)
+
+    return jax.tree.map(move, average, new)

@@ -35,6 +35,7 @@ from mmljax.runs.workdir import claimed
 from mmljax.text import one_line, text_table
 from mmljax.training import checkpoints, optim
 from mmljax.training.loop import make_score
+from mmljax.training.proxies import init_proxies
 from mmljax.training.state import partition_specs
 from mmljax.training.step import make_train_step
 from mmljax.training.trainer import Trainer, make_objective, make_trainer
@@ -160,7 +161,11 @@ def _train_together(runs: Sequence[Run], dataset: Dataset) -> dict[Path, str]:
     trainers = [_make_trainer(run.config, dataset, mesh) for run in runs]
     total = trainers[0].total_steps
     step = _vectorised_step(config, trainers[0], dataset, mesh)
-    states = _stacked([trainer.state for trainer in trainers], trainers[0], mesh)
+    starts = [
+        init_proxies(trainer.state, run.config, dataset, trainer, mesh)
+        for run, trainer in zip(runs, trainers, strict=True)
+    ]
+    states = _stacked(starts, trainers[0], mesh)
     varied = _varied(runs)
     with ExitStack() as stack:
         reporters = []
@@ -241,6 +246,7 @@ def _vectorised_step(
             ),
             optimizer=optim.make_optimizer(optimizer, schedules),
             mesh=mesh,
+            ema_decay=config.optimizer.ema_decay,
         )(state, batch)
 
     return jax.jit(jax.vmap(step), donate_argnums=0)

@@ -10,13 +10,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmljax.config import Config, RunSize, steps
+from mmljax.config import Config, RunSize, choose, steps
 from mmljax.errors import UserError
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.training import optim
 from mmljax.training.state import PROXY_MULTIPLE, make_model, make_state
 from mmljax.training.step import TrainStep, make_train_step
 from mmljax.types import TrainState
+
+PROXY_INITS = ("random", "class_means")
 
 
 class Trainer(NamedTuple):
@@ -89,10 +91,10 @@ def make_trainer(
             f"--config.optimizer.warmup={config.optimizer.warmup!r} is {warmup} steps, beyond the "
             f"run's {total}; shorten it, or lengthen --config.duration"
         )
+    choose(dict.fromkeys(PROXY_INITS), config.proxies_init, key="config.proxies_init")
     memory_start = in_steps(config.memory.start, key="config.memory.start")
     objective = make_objective(config, classes=classes, memory_start=memory_start)
     schedules = optim.make_schedules(config.optimizer, size)
-    optimizer = optim.make_optimizer(config.optimizer, schedules)
     graphdef, network, statistics = make_model(
         config.model,
         seed=config.seed,
@@ -100,6 +102,9 @@ def make_trainer(
         pretrained=pretrained,
         features=features,
     )
+    backbone = getattr(nnx.merge(graphdef, network, statistics), "backbone", None)
+    layers = () if backbone is None else backbone.layers()  # a head on features has none
+    optimizer = optim.make_optimizer(config.optimizer, schedules, layers=layers)
     state = make_state(
         network,
         statistics,
@@ -107,6 +112,13 @@ def make_trainer(
         optimizer=optimizer,
         seed=config.seed,
         mesh=mesh,
+        averaged=config.optimizer.ema_decay > 0,
     )
-    step = make_train_step(graphdef=graphdef, objective=objective, optimizer=optimizer, mesh=mesh)
+    step = make_train_step(
+        graphdef=graphdef,
+        objective=objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        ema_decay=config.optimizer.ema_decay,
+    )
     return Trainer(graphdef, objective, state, step, schedules, total, in_steps)

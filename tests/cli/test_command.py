@@ -93,7 +93,7 @@ def test_modules_that_start_the_command_line(module):
 
 WORDS = {  # valid arguments of each verb
     **{verb: [] for verb in ("train", "doctor")},
-    **{verb: ["RUN"] for verb in ("page", "atlas")},
+    **{verb: ["RUN"] for verb in ("page", "atlas", "interpolate")},
     "embed": ["RUN", "--split=query", "--output=x"],
     "search": ["RUN", "--split=query", "--embeddings=x"],
     "export": ["RUN", "--output=x"],

@@ -55,6 +55,16 @@ def test_every_weight_is_restored_and_nothing_else(saved_run):
         jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
+def test_the_average_of_the_weights_is_loaded(tmp_path):
+    """Where a run has one: its checkpoint's trained weights differ, and are not read."""
+    run = saved.write_run(tmp_path, optimizer__ema_decay=0.9)
+    trained, expected = load_embedder(run.folder), run.states[saved.STEPS[-1]]
+    got = {"network": trained.network, "model_state": trained.model_state}
+    jax.tree.map(np.testing.assert_array_equal, got, expected.average)
+    pairs = zip(*map(jax.tree.leaves, (got["network"], expected.params["network"])), strict=True)
+    assert not any(np.array_equal(a, b) for a, b in pairs)
+
+
 def test_only_the_networks_files_are_needed(copy):
     """Without the bytes of proxies and optimiser the network is still restored: they are not read.
 

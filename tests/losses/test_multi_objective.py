@@ -58,7 +58,7 @@ def test_own_loop_equals_the_step_of_the_trainer(
             def __init__(self) -> None:
                 self.inner = nnx.merge(example["graphdef"], network)
 
-            def __call__(self, images: Any, *, train: bool) -> Any:
+            def __call__(self, images: Any, *, train: bool, keys: Any = None) -> Any:
                 return self.inner(images)
 
         graphdef, split = nnx.split(Named())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,9 +16,11 @@ import small_runs
 from mmljax.config import Config, default_config, from_mapping, load_config
 from mmljax.data import load
 from mmljax.errors import UserError
+from mmljax.mesh import make_mesh
 from mmljax.models.backbones import BACKBONES
 from mmljax.runs.writer import read_metrics
 from mmljax.training import loop as train
+from mmljax.training.trainer import make_trainer
 
 pytestmark = pytest.mark.filterwarnings(
     # orbax reads checkpoints without shardings in small_runs.final_state, on purpose
@@ -60,9 +64,26 @@ class Stop(Exception):
     """Breaks a run off."""
 
 
-def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"memory__size": 128, "objectives__pair__memory": True},
+        {
+            "optimizer__ema_decay": 0.9,
+            "optimizer__layer_decay": 0.8,
+            "proxies_init": "class_means",
+        },
+    ],
+)
+def test_interrupted_equals_uninterrupted(
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Broken off between two checkpoints; state, metrics and scores are equal bit for bit."""
-    config = make_config(tmp_path, memory__size=128, objectives__pair__memory=True)
+    caplog.set_level(logging.INFO, "mmljax")
+    config = make_config(tmp_path, **changes)
     train.train(config, tmp_path / "whole")
 
     original = load.train_batches
@@ -81,6 +102,8 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(load, "train_batches", lambda *a: seen.append(a[-1]) or original(*a))
     train.train(config, tmp_path / "parts")
     assert seen == [range(10, 20)]  # it went on from the checkpoint, not from the start
+    means = 2 if config.proxies_init == "class_means" else 0  # once per run, not on resume
+    assert caplog.text.count("proxies start as class means of 72 training images") == means
 
     assert small_runs.metrics(tmp_path / "whole") == small_runs.metrics(tmp_path / "parts")
     whole, parts = (small_runs.final_state(tmp_path / name) for name in ("whole", "parts"))
@@ -88,8 +111,33 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Mo
     for name, value in whole.items():
         np.testing.assert_array_equal(value, parts[name], err_msg=name)
     assert int(whole["objective.step"]) == 20
+    assert any(name.startswith("average.") for name in whole) == (config.optimizer.ema_decay > 0)
     scores = [small_runs.results(tmp_path / name)["scores"] for name in ("whole", "parts")]
     assert scores[0] == scores[1]
+
+
+def test_evaluation_uses_the_average(tmp_path: Path) -> None:
+    """Scores are those of planted weights in the average, not those of the trained weights."""
+    config, mesh = make_config(tmp_path, optimizer__ema_decay=0.9), make_mesh()
+    dataset = load.load_dataset(config)
+    trainer = make_trainer(config, classes=12, channels=1, train_examples=72, mesh=mesh)
+    score = train.make_score(config, dataset, trainer, mesh)
+    state = trainer.state
+    start = score(state)
+    planted = jax.tree.map(lambda x: np.roll(np.asarray(x), 1), state.average)
+    other = score(state._replace(average=planted))
+    expected = score(
+        state._replace(
+            params=state.params | {"network": planted["network"]},
+            model_state=planted["model_state"],
+            average=(),
+        )
+    )
+    np.testing.assert_array_equal(other.similarity, expected.similarity)
+    assert not np.allclose(other.similarity, start.similarity, atol=1e-3)
+    nothing = jax.tree.map(np.zeros_like, state.params["network"])
+    trained = score(state._replace(params=state.params | {"network": nothing}))
+    np.testing.assert_array_equal(trained.similarity, start.similarity)
 
 
 def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:

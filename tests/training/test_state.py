@@ -14,7 +14,7 @@ from mmljax.training.state import describe_state, state_bytes
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_state_is_as_large_as_the_formulas_say(devices: int) -> None:
-    _, state, _, _ = tiny.make(devices, memory_size=256)
+    _, state, _, _ = tiny.make(devices, memory_size=256, ema_decay=0.9)
     sizes = state_bytes(state)
     proxies = 128 * tiny.SIZE * 4 // devices
     assert sizes["proxies"] == proxies
@@ -22,6 +22,9 @@ def test_state_is_as_large_as_the_formulas_say(devices: int) -> None:
     assert sizes["memory"] == 256 * (4 * tiny.SIZE + 4) // devices + 4  # and the next slot
     network = sum(4 * x.size for x in jax.tree.leaves(state.params["network"]))
     assert sizes["network"] == network
+    statistics = sum(4 * x.size for x in jax.tree.leaves(state.model_state))
+    assert sizes["average"] == network + statistics
+    assert state_bytes(tiny.make(devices)[1])["average"] == 0
     rest = sizes["optimizer of the rest"]
     assert 2 * network <= rest < 2 * network + 200  # and the contribution weights, counters
 

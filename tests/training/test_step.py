@@ -14,6 +14,7 @@ from flax import nnx
 
 import tiny
 from mmljax.losses import pair, registry
+from mmljax.training.step import move_average
 
 
 def gradients_of(step: Any, state: Any, batch: Any) -> tuple[Any, Any]:
@@ -254,3 +255,53 @@ def test_frozen_backbone_stays_and_padding_proxies_stay() -> None:
         start["proxies"][tiny.CLASSES :], after["proxies"][tiny.CLASSES :]
     )
     assert not np.allclose(start["proxies"][: tiny.CLASSES], after["proxies"][: tiny.CLASSES])
+
+
+def test_average_of_the_weights_is_that_of_a_slow_loop() -> None:
+    """Weights and statistics after each of 12 steps, averaged in NumPy, on one device and eight."""
+    decay, finals = 0.5, []
+    with jax.enable_x64(True):
+        for devices in (1, 8):
+            step, state, place, _ = tiny.make(devices, dtype=jnp.float64, ema_decay=decay)
+            expected = jax.device_get({"network": state.params["network"], **statistics(state)})
+            for t in range(12):
+                state, _ = step(state, place(tiny.batch(t)))
+                kept = min(decay, (1 + t) / (10 + t))  # reaches the decay at t = 8
+                new = jax.device_get({"network": state.params["network"], **statistics(state)})
+                expected = jax.tree.map(lambda a, b: kept * a + (1 - kept) * b, expected, new)  # noqa: B023
+            got = jax.device_get(state.average)
+            assert jax.tree.structure(got) == jax.tree.structure(expected)
+            for a, b, c in zip(*map(jax.tree.leaves, (got, expected, new)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+                assert np.linalg.norm(a - c) > 1e-4 * np.linalg.norm(c)  # not the last weights
+            finals.append(got)
+    for a, b in zip(*map(jax.tree.leaves, finals), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def statistics(state: Any) -> dict[str, Any]:
+    return {"model_state": state.model_state}
+
+
+def test_an_average_changes_nothing_else() -> None:
+    """The training is the same bit for bit; without a decay the state has no copy."""
+    states = []
+    for decay in (0.0, 0.9):
+        step, state, place, _ = tiny.make(2, ema_decay=decay)
+        for index in range(3):
+            state, _ = step(state, place(tiny.batch(index)))
+        states.append(jax.device_get(state))
+    assert states[0].average == ()
+    for a, b in zip(
+        *map(jax.tree.leaves, (states[0], states[1]._replace(average=()))), strict=True
+    ):
+        if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_what_stays_equal_keeps_its_average_and_counters_are_replaced() -> None:
+    old = {"frozen": jnp.full(3, 0.1), "count": jnp.array(3)}
+    new = {"frozen": jnp.full(3, 0.1), "count": jnp.array(4)}
+    got = move_average(old, new, step=jnp.array(1), decay=0.9999)
+    np.testing.assert_array_equal(got["frozen"], old["frozen"])
+    assert int(got["count"]) == 4

@@ -81,7 +81,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty steps, saved every second one: many kills fall into a save."""
     folder = tmp_path_factory.mktemp("survival")
     images = small_runs.write_images(folder / "images.npz")
-    changes = {"duration": "40 steps", "checkpoint__every": "2 steps"}
+    changes = {
+        "duration": "40 steps",
+        "checkpoint__every": "2 steps",
+        "optimizer__ema_decay": 0.9,
+        "proxies_init": "class_means",
+    }
     return small_runs.write_config(folder / "small.py", images, **changes)
 
 
@@ -173,7 +178,9 @@ def test_a_torn_checkpoint_is_reported_and_passed_over(
 @pytest.mark.parametrize(("first", "then"), [(8, 1), (1, 8)])
 def test_goes_on_with_another_number_of_devices(first: int, then: int, tmp_path: Path) -> None:
     images = small_runs.write_images(tmp_path / "images.npz")
-    double = small_runs.write_config(tmp_path / "double.py", images, model__compute_dtype="float64")
+    double = small_runs.write_config(
+        tmp_path / "double.py", images, model__compute_dtype="float64", optimizer__ema_decay=0.9
+    )
     alone = small_runs.run(double, tmp_path / "alone", **DOUBLE)
     assert alone.returncode == 0, alone.stderr
     stop(double, tmp_path / "moved", after=6, JAX_NUM_CPU_DEVICES=str(first), **DOUBLE)

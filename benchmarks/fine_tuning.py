@@ -1,0 +1,73 @@
+"""The time of a training step with each key of fine-tuning, as a ratio to the step without it.
+
+    python -m benchmarks.fine_tuning                       # EfficientNet-Lite0, 112 px, batch 32
+
+The step is that of ``benchmarks.train_step``, with frozen BatchNorm. Rows take turns; the best of
+each counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from benchmarks import machine
+from benchmarks.train_step import CLASSES, Row, make_batch, make_config
+from mmljax.mesh import make_mesh, place
+from mmljax.training.trainer import make_trainer
+
+ROWS: Mapping[str, Mapping[str, Any]] = {  # what differs in config.optimizer
+    "none": {},
+    "optimizer.layer_decay": {"layer_decay": 0.75},
+    "optimizer.ema_decay": {"ema_decay": 0.99},
+}
+
+
+def make_step(options: argparse.Namespace, changes: Mapping[str, Any]) -> Callable[[], None]:
+    """A function that runs one step to its end."""
+    row = Row(options.backbone, options.image_size, separation=False)
+    config, mesh = make_config(row, options), make_mesh()
+    optimizer = dataclasses.replace(config.optimizer, **changes)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    trainer = make_trainer(config, classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh)
+    placed, held = place(make_batch(row, options.batch_size), mesh), [trainer.state]
+
+    def step() -> None:
+        held[0], _ = trainer.step(held[0], placed)
+        jax.block_until_ready(held[0])
+
+    return step
+
+
+def main() -> None:
+    """Time the rows and print milliseconds and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--image-size", type=int, default=112)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--batch-norm", default="frozen", choices=["global", "frozen"])
+    parser.add_argument("--repeats", type=int, default=40, help="steps of each row")
+    options = parser.parse_args()
+    print(f"{machine.describe()}, batch {options.batch_size}, {options.dtype}")
+    steps = {name: make_step(options, changes) for name, changes in ROWS.items()}
+    best = dict.fromkeys(steps, float("inf"))
+    for step in steps.values():
+        step()
+        step()  # the first two compile
+    for _ in range(options.repeats):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            best[name] = min(best[name], time.perf_counter() - begin)
+    for name, seconds in best.items():
+        print(f"{name:<24}{1e3 * seconds:>8.1f} ms  ratio {seconds / best['none']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
