@@ -18,6 +18,10 @@ def get_config() -> ConfigDict:
     config.duration = "400 steps"
     config.data.source = "features"
     config.data.directory = "photos.features"
+    config.optimizer.layer_decay = 1.0  # there are no layers below the head
+    config.optimizer.ema_decay = 0.0
+    config.proxies_init = "random"
+    config.model.embedding_size = 128
     config.optimizer.head = {"learning_rate": 1e-3, "weight_decay": 1e-4}
     config.evaluation.every = "400 steps"
     config.checkpoint.every = "400 steps"
