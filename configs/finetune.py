@@ -3,8 +3,8 @@
     pip install 'mmljax[data,page,weights]'
     mmljax train --config finetune --config.data.directory=photos
 
-``photos/`` has one folder per item, or ``train/`` and ``test/`` of such folders. Of a folder without
-these two, half of the items are held out for the test. For a table of files:
+``photos/`` has one folder per item, or ``train/`` and ``test/`` of such folders. Of a folder
+without these two, half of the items are held out for the test. For a table of files:
 ``--config.data.source=csv --config.data.directory=photos.csv``. Where most items have two or three
 photographs: ``--config.data.images_per_class=2``.
 
