@@ -100,7 +100,7 @@ class ModelConfig:
     pretrained: str = ""  # a file, efficientnet_lite0/1/2, hf:OWNER/NAME@COMMIT; "": random ones
     pixel_norm: str = "auto"  # a key of models.embedder.PIXEL_NORMS, or auto: as the weights ask
     embedding_size: Count = 512
-    pooling: str = "average+max"  # of a ResNet: average, max, average+max; of a ViT: token, average
+    pooling: str = "average+max"  # average, max, average+max, gem; of a ViT: token, average, gem
     layer_norm: str = "before"  # none, before (the head's layers), after; without parameters
     head: str = "linear"  # linear, or mlp (one hidden layer)
     head_width: Count = 1024  # hidden units of head mlp

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from mmljax.config import ModelConfig, choose
 from mmljax.errors import UserError
 from mmljax.models.backbones import Backbone, make_backbone
-from mmljax.models.head import POOLINGS, Head
+from mmljax.models.head import Head
+from mmljax.models.pooling import POOLINGS
 from mmljax.models.weight_files import PACKAGED_WEIGHTS
 from mmljax.numerics import at_least_float32
 
