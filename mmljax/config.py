@@ -54,6 +54,9 @@ NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, excluded=True)]
 Decay = Annotated[float, Range(0, 0.999999)]  # of a running mean: at 1 it would never move
+Operations = Annotated[int, Range(0, 10)]
+Magnitude = Annotated[float, Range(0, 30)]
+Turn = Annotated[float, Range(0, 0.5)]  # of a full turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,10 @@ class DataConfig:
     flip: bool = True
     rotate: NotNegative = 0.0  # degrees, uniform within +-; array sources only
     shear: NotNegative = 0.0  # uniform within +-; array sources only
+    randaugment: tuple[Operations, Magnitude] = (0, 9.0)  # operations per image; 0: none
+    color_jitter: tuple[NotNegative, NotNegative, NotNegative, Turn] = (0.0, 0.0, 0.0, 0.0)
+    # brightness, contrast, saturation, hue: a factor within 1 +-, the hue's turn within +-
+    erase: Share = 0.0  # probability that noise covers a rectangle of an image
     batch_size: Count = 180  # global, training
     images_per_class: Count = 4  # K of P x K
     eval_batch_size: Count = 128  # global
