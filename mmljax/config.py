@@ -54,6 +54,7 @@ NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, excluded=True)]
 Decay = Annotated[float, Range(0, 0.999999)]  # of a running mean: at 1 it would never move
+DropRate = Annotated[float, Range(0, 0.999)]
 Operations = Annotated[int, Range(0, 10)]
 Magnitude = Annotated[float, Range(0, 30)]
 Turn = Annotated[float, Range(0, 0.5)]  # of a full turn
@@ -112,7 +113,8 @@ class ModelConfig:
     head: str = "linear"  # linear, or mlp (one hidden layer)
     head_width: Count = 1024  # hidden units of head mlp
     head_norm: str = "none"  # before the last layer, trainable: none, batch, layer
-    dropout: Annotated[float, Range(0, 0.999)] = 0.0  # of the input of the head's layers
+    drop_path: DropRate = 0.0  # stochastic depth: of the last block; of others by their depth
+    dropout: DropRate = 0.0  # of the input of the head's layers
     batch_norm: str = "global"  # global (over the whole batch) or frozen (running statistics)
     compute_dtype: str = "bfloat16"  # of the backbone: float32 or bfloat16
 
