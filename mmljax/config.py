@@ -92,6 +92,7 @@ class DataConfig:
     # brightness, contrast, saturation, hue: a factor within 1 +-, the hue's turn within +-
     erase: Share = 0.0  # probability that noise covers a rectangle of an image
     batch_size: Count = 180  # global, training
+    micro_batches: Count = 1  # parts of a device's batch whose activations are held one at a time
     images_per_class: Count = 4  # K of P x K
     eval_batch_size: Count = 128  # global
     threads: Natural = 0  # of decoding; 0: one per core

@@ -174,7 +174,9 @@ def test_eight_devices_equal_one_at_every_step() -> None:
         for index in range(3):
             labels = tiny.batch(index, size=16).labels
             batch = Batch(images(), labels, np.ones(16, bool))
-            other, _ = eight(jax.device_put(jax.tree.map(jnp.copy, state), layout), place(batch, other_mesh))
+            other, _ = eight(
+                jax.device_put(jax.tree.map(jnp.copy, state), layout), place(batch, other_mesh)
+            )
             state, _ = one(state, place(batch, mesh))
             for a, b in zip(plain(state), plain(other), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)

@@ -60,9 +60,23 @@ class Stop(Exception):
     """Breaks a run off."""
 
 
-def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FINE_TUNING: dict[str, Any] = {
+    "model__drop_path": 0.4,
+    "model__pooling": "gem",
+    "model__batch_norm": "frozen",
+    "data__micro_batches": 2,
+    "data__randaugment": (2, 9.0),
+    "data__color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "data__erase": 0.5,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, FINE_TUNING], ids=["plain", "fine_tuning"])
+def test_interrupted_equals_uninterrupted(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Broken off between two checkpoints; state, metrics and scores are equal bit for bit."""
-    config = make_config(tmp_path, memory__size=128, objectives__pair__memory=True)
+    config = make_config(tmp_path, memory__size=128, objectives__pair__memory=True, **changes)
     train.train(config, tmp_path / "whole")
 
     original = load.train_batches
