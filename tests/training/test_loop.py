@@ -71,7 +71,9 @@ FINE_TUNING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, FINE_TUNING], ids=["plain", "fine_tuning"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(FINE_TUNING, marks=pytest.mark.slow)], ids=["plain", "fine_tuning"]
+)
 def test_interrupted_equals_uninterrupted(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
