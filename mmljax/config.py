@@ -54,6 +54,10 @@ NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, excluded=True)]
 Decay = Annotated[float, Range(0, 0.999999)]  # of a running mean: at 1 it would never move
+DropRate = Annotated[float, Range(0, 0.999)]
+Operations = Annotated[int, Range(0, 10)]
+Magnitude = Annotated[float, Range(0, 30)]
+Turn = Annotated[float, Range(0, 0.5)]  # of a full turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,12 @@ class DataConfig:
     flip: bool = True
     rotate: NotNegative = 0.0  # degrees, uniform within +-; array sources only
     shear: NotNegative = 0.0  # uniform within +-; array sources only
+    randaugment: tuple[Operations, Magnitude] = (0, 9.0)  # operations per image; 0: none
+    color_jitter: tuple[NotNegative, NotNegative, NotNegative, Turn] = (0.0, 0.0, 0.0, 0.0)
+    # brightness, contrast, saturation, hue: a factor within 1 +-, the hue's turn within +-
+    erase: Share = 0.0  # probability that noise covers a rectangle of an image
     batch_size: Count = 180  # global, training
+    micro_batches: Count = 1  # parts of a device's batch whose activations are held one at a time
     images_per_class: Count = 4  # K of P x K
     eval_batch_size: Count = 128  # global
     threads: Natural = 0  # of decoding; 0: one per core
@@ -100,12 +109,13 @@ class ModelConfig:
     pretrained: str = ""  # a file, efficientnet_lite0/1/2, hf:OWNER/NAME@COMMIT; "": random ones
     pixel_norm: str = "auto"  # a key of models.embedder.PIXEL_NORMS, or auto: as the weights ask
     embedding_size: Count = 512
-    pooling: str = "average+max"  # of a ResNet: average, max, average+max; of a ViT: token, average
+    pooling: str = "average+max"  # average, max, average+max, gem; of a ViT: token, average, gem
     layer_norm: str = "before"  # none, before (the head's layers), after; without parameters
     head: str = "linear"  # linear, or mlp (one hidden layer)
     head_width: Count = 1024  # hidden units of head mlp
     head_norm: str = "none"  # before the last layer, trainable: none, batch, layer
-    dropout: Annotated[float, Range(0, 0.999)] = 0.0  # of the input of the head's layers
+    drop_path: DropRate = 0.0  # stochastic depth: of the last block; of others by their depth
+    dropout: DropRate = 0.0  # of the input of the head's layers
     batch_norm: str = "global"  # global (over the whole batch) or frozen (running statistics)
     compute_dtype: str = "bfloat16"  # of the backbone: float32 or bfloat16
 

@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 
 from mmljax.config import DataConfig
+from mmljax.data.affine import affine_matrix, affine_resample
+from mmljax.data.augmentation import train_augmentation
 from mmljax.data.limits import check_sizes
 from mmljax.data.sampling import check_batch, class_balanced_indices, class_index, ordered_indices
 from mmljax.types import Batch, Split
@@ -52,19 +54,22 @@ def train_batches(
       while the previous one is in use.
 
     Raises:
-      UserError: at once, as ``check_sizes`` and ``check_batch``.
+      UserError: at once, as ``check_sizes``, ``check_batch`` and ``train_augmentation``.
     """
     check_sizes(config, processes=jax.process_count())
     index = class_index(split.labels)
     sizes = {"batch_size": config.batch_size, "images_per_class": config.images_per_class}
     check_batch(index, **sizes)
     position = range(config.batch_size)[rows]
+    augmented = train_augmentation(
+        config, channels=split.images.shape[-1], seed=seed, first=position.start
+    )
 
     def make(step: int) -> Batch:
         indices = class_balanced_indices(index, seed=seed, step=step, **sizes)[rows]
         batch = place(host_batch(split, indices, split.images[indices]))
         first = 0 if len(batch.images) == config.batch_size else position.start
-        return _augmented(batch, config, seed=seed, step=step, first=first)
+        return augmented(_cropped(batch, config, seed=seed, step=step, first=first), step)
 
     return one_ahead(map(make, steps))
 
@@ -120,6 +125,8 @@ def ordered_batches(
     check_sizes(config, processes=jax.process_count())
     size = config.eval_batch_size
     batches = -(-len(split.labels) // size)
+    start = range(size)[rows].start
+    augmented = train_augmentation(config, channels=split.images.shape[-1], seed=seed, first=start)
 
     def make(step: int) -> Batch:
         indices = ordered_indices(len(split.labels), batch_size=size, step=step)[rows]
@@ -127,9 +134,9 @@ def ordered_batches(
         images[indices < 0] = 0
         batch = place(host_batch(split, indices, images))
         if view:
-            first = 0 if len(batch.images) == size else range(size)[rows].start
+            first = 0 if len(batch.images) == size else start
             step = (view - 1) * batches + step
-            return _augmented(batch, config, seed=seed, step=step, first=first)
+            return augmented(_cropped(batch, config, seed=seed, step=step, first=first), step)
         cropped = resize_and_crop(
             batch.images, resize_size=config.resize_size, image_size=config.image_size
         )
@@ -138,8 +145,8 @@ def ordered_batches(
     return one_ahead(map(make, steps))
 
 
-def _augmented(batch: Batch, config: DataConfig, *, seed: int, step: int, first: int) -> Batch:
-    """A batch with its images augmented as the config says."""
+def _cropped(batch: Batch, config: DataConfig, *, seed: int, step: int, first: int) -> Batch:
+    """A batch with its images cropped and flipped at random as the config says."""
     images = augment(
         batch.images,
         seed=jnp.uint32(seed),
@@ -243,79 +250,6 @@ def resize_and_crop(
         images = jnp.round(jnp.clip(resized, 0, 255)).astype(jnp.uint8)
     top, left = (height - image_size) // 2, (width - image_size) // 2
     return images[:, top : top + image_size, left : left + image_size]
-
-
-def affine_matrix(
-    *,
-    center: Float[Array, "2"],
-    size: Float[Array, "2"],
-    angle: Float[Array, ""],
-    shear: Float[Array, ""],
-) -> Float[Array, "2 3"]:
-    """The map from a result's point (u, v, 1), u and v in [-1/2, 1/2], to the source's x and y.
-
-    Args:
-      center: x and y of the crop's centre in the source, pixels from its upper left corner.
-      size: width and height of the crop, pixels; a negative width mirrors it.
-      angle: radians; the picture turns anticlockwise about the centre of the crop.
-      shear: tangent; the crop leans by this much of its height.
-    """
-    (x, y), (width, height), cos, sin = center, size, jnp.cos(angle), jnp.sin(angle)
-    return jnp.stack(
-        [
-            jnp.stack([cos * width, (cos * shear - sin) * height, x]),
-            jnp.stack([sin * width, (sin * shear + cos) * height, y]),
-        ]
-    )
-
-
-def affine_resample(
-    images: UInt8[Array, "b h w ch"], matrices: Float[Array, "b 2 3"], *, image_size: int
-) -> UInt8[Array, "b s s ch"]:
-    """Bilinear resampling through a map per image; beyond an edge its pixels are repeated.
-
-    Against aliasing, each pixel of the result is the mean of n x n evenly spaced samples within
-    it, where n is the source's longer side over the result's, rounded up. So samples of a crop
-    lie at most one pixel of the source apart (a little more under shear), and a result of the
-    source's size or larger is plain bilinear.
-    """
-    samples = math.ceil(max(images.shape[1:3]) / image_size)
-    pixel = (jnp.arange(image_size) + 0.5) / image_size - 0.5
-    shift = ((jnp.arange(samples) + 0.5) / samples - 0.5) / image_size
-    shifts = jnp.stack(jnp.meshgrid(shift, shift), axis=-1).reshape(-1, 2)
-    sample = jax.vmap(_sample, (0, 0, None, None))
-
-    def add(
-        total: Float[Array, "b s s ch"], by: Float[Array, "2"]
-    ) -> tuple[Float[Array, "b s s ch"], None]:
-        return total + sample(images, matrices, pixel + by[0], pixel + by[1]), None
-
-    zeros = jnp.zeros((len(images), image_size, image_size, images.shape[3]))
-    total, _ = jax.lax.scan(add, zeros, shifts)
-    return jnp.round(total / samples**2).astype(jnp.uint8)
-
-
-def _sample(
-    image: UInt8[Array, "h w ch"],
-    matrix: Float[Array, "2 3"],
-    u: Float[Array, " s"],
-    v: Float[Array, " s"],
-) -> Float[Array, "s s ch"]:
-    height, width, _ = image.shape
-    # No matrix product here: accelerators round its factors.
-    x, y = (
-        matrix[:, 0, None, None] * u
-        + matrix[:, 1, None, None] * v[:, None]
-        + matrix[:, 2, None, None]
-    )
-    x, y = jnp.clip(x - 0.5, 0, width - 1), jnp.clip(y - 0.5, 0, height - 1)
-    left = jnp.clip(jnp.floor(x), 0, width - 2).astype(jnp.int32)
-    top = jnp.clip(jnp.floor(y), 0, height - 2).astype(jnp.int32)
-    to_right, down = (x - left)[..., None], (y - top)[..., None]
-    pixels = image.astype(jnp.float32)
-    above = pixels[top, left] * (1 - to_right) + pixels[top, left + 1] * to_right
-    below = pixels[top + 1, left] * (1 - to_right) + pixels[top + 1, left + 1] * to_right
-    return above * (1 - down) + below * down
 
 
 def _random_affine(

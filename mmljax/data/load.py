@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from mmljax.config import Config, DataConfig, choose
+from mmljax.data.augmentation import check_channels
 from mmljax.data.limits import check_sizes
 from mmljax.data.readers.arrays import read_arrays
 from mmljax.data.readers.csv import read_csv
@@ -100,7 +101,7 @@ def _pipeline(split: Split) -> Any:
 
 
 def check_batches(dataset: Dataset, config: Config) -> None:
-    """Refuse sizes of batches and images that devices, classes or memory cannot hold.
+    """Refuse sizes that devices, classes or memory cannot hold, and augmentation without meaning.
 
     Raises:
       UserError: with the sizes and the cure.
@@ -108,6 +109,7 @@ def check_batches(dataset: Dataset, config: Config) -> None:
     data = config.data
     if not feature_size(dataset):
         check_sizes(data, processes=jax.process_count())
+        check_channels(data, image_channels(dataset))
     process_rows(data.batch_size, key="config.data.batch_size")
     process_rows(data.eval_batch_size, key="config.data.eval_batch_size")
     check_batch(

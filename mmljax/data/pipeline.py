@@ -2,7 +2,8 @@
 
 tf.data only reads, decodes and crops: which images a batch holds and every random number come
 from ``sampling``, as pure functions of ``(seed, step)`` and the position in the global batch. So
-the batches are the same for any number of threads and processes, and from any first step on.
+the batches are the same for any number of threads and processes, and from any first step on. The
+further augmentation runs on the devices (:mod:`mmljax.data.augmentation`).
 
 The pixels decoded at once are bounded. An image that takes more than its share of ``_BUDGET`` is
 not decoded within tf.data, but afterwards, when ``_BUDGET`` has room for it.
@@ -27,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from mmljax.config import DataConfig, choose
 from mmljax.data import transforms
 from mmljax.data.array_pipeline import host_batch, one_ahead
+from mmljax.data.augmentation import train_augmentation
 from mmljax.data.limits import PixelBudget, check_sizes
 from mmljax.data.sampling import (
     augmentation_numbers,
@@ -111,8 +113,13 @@ def train_batches(
         same = np.flatnonzero(split.labels == split.labels[image])
         return np.roll(same, -1 - np.searchsorted(same, image))[:-1]
 
+    def finish(batch: Batch, step: int) -> Batch:
+        return augmented(place(batch), step)
+
+    first = range(config.batch_size)[rows].start
+    augmented = train_augmentation(config, channels=3, seed=seed, first=first)
     made = _read(split, plan, steps, crop=crop, config=config, others=others if skip else None)
-    return one_ahead(map(place, made))
+    return one_ahead(map(finish, made, steps))
 
 
 def eval_batches(
@@ -183,7 +190,16 @@ def ordered_batches(
         return _rows(split, indices[rows], numbers[rows])
 
     crop = _random_crop(config) if view else _center_crop(config)
-    return one_ahead(map(place, _read(split, plan, steps, crop=crop, config=config)))
+    made = _read(split, plan, steps, crop=crop, config=config)
+    if not view:
+        return one_ahead(map(place, made))
+    first = range(size)[rows].start
+    augmented = train_augmentation(config, channels=3, seed=seed, first=first)
+
+    def finish(batch: Batch, step: int) -> Batch:
+        return augmented(place(batch), (view - 1) * batches + step)
+
+    return one_ahead(map(finish, made, steps))
 
 
 def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:

@@ -8,12 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mmljax.config import choose
+from mmljax.models.drop_path import set_drop_path
 from mmljax.models.efficientnet import EFFICIENTNETS, EfficientNetLite
 from mmljax.models.resnet import RESNETS, ResNet
 from mmljax.models.vit import VITS, VisionTransformer
 
 Backbone = ResNet | EfficientNetLite | VisionTransformer
-"""``(images, *, train) -> features``; ``output`` says whether these are a map or tokens.
+"""``(images, *, train, keys=None) -> features``, a map or tokens as ``output`` says.
 
 ``layers()`` has the names of the modules of each layer, from the stem to the last.
 """
@@ -22,7 +23,13 @@ BACKBONES: Mapping[str, Callable[..., Backbone]] = {**RESNETS, **EFFICIENTNETS, 
 
 
 def make_backbone(
-    name: str, *, width: int, channels: int, dtype: DTypeLike, rngs: nnx.Rngs
+    name: str,
+    *,
+    width: int,
+    channels: int,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    drop_path: float = 0.0,
 ) -> Backbone:
     """Build a backbone by its name, with random parameters.
 
@@ -37,9 +44,13 @@ def make_backbone(
       dtype: of the computation; parameters, BatchNorm's statistics, layer norms and softmax are
         float32.
       rngs: for the parameters; the network keeps no random state.
+      drop_path: rate at which the last block's branch is dropped in training; that of the others
+        is in proportion to their depth.
 
     Raises:
       UserError: on an unknown name.
     """
     build = choose(BACKBONES, name, key="config.model.backbone")
-    return build(width=width, channels=channels, dtype=dtype, rngs=rngs)
+    backbone = build(width=width, channels=channels, dtype=dtype, rngs=rngs)
+    set_drop_path(backbone.blocks, drop_path)
+    return backbone

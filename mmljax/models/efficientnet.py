@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from mmljax.models.conv_norm import conv_norm, conv_norm_layers
+from mmljax.models.drop_path import ResidualBlock
 
 PUBLISHED_WIDTH = 64  # the value of ``width`` that gives the published numbers of channels
 _STEM, _HEAD = 32, 1280
@@ -46,7 +47,7 @@ STAGES = (
 )
 
 
-class InvertedBottleneck(nnx.Module):
+class InvertedBottleneck(ResidualBlock):
     """A wide 1 x 1 convolution, a depthwise one and a narrow 1 x 1 one, which is linear.
 
     Sandler et al. (1801.04381). Without an expansion the first convolution is absent.
@@ -77,21 +78,26 @@ class InvertedBottleneck(nnx.Module):
         self.project_conv = conv(wide, outputs, kernel=1)
         self.bn2 = norm(outputs)
 
-    def __call__(self, x: Float[Array, "b h w i"], *, train: bool) -> Float[Array, "b h2 w2 o"]:
-        """The input is added where the shapes agree; ``h2 = ceil(h / stride)``."""
+    def __call__(
+        self, x: Float[Array, "b h w i"], *, train: bool, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
+        """The input is added where the shapes agree; ``h2 = ceil(h / stride)``.
+
+        With ``keys`` what is added to it may be dropped.
+        """
         y = x
         if self.expand:
             y = nnx.relu6(conv_norm(self.expand_conv, self.bn0, y, train=train))
         y = nnx.relu6(conv_norm(self.depthwise_conv, self.bn1, y, train=train))
         y = conv_norm(self.project_conv, self.bn2, y, train=train)
-        return x + y if self.residual else y
+        return x + self.drop(y, keys) if self.residual else y
 
 
 class EfficientNetLite(nnx.Module):
     """Stem, seven stages of ``InvertedBottleneck`` and a 1 x 1 convolution.
 
-    ``features`` is the number of output channels, published: 1280. There is no dropout and no
-    stochastic depth (the original drops whole blocks in training, at most 20 % of the time).
+    ``features`` is the number of output channels, published: 1280. The original was trained with
+    stochastic depth, at most 20 %; here it is off by default.
     BatchNorm works as in ``ResNet``: training must be traced inside a ``shard_map``.
 
     Args:
@@ -148,12 +154,15 @@ class EfficientNetLite(nnx.Module):
         return [("conv_stem", "bn0"), *blocks, ("conv_head", "bn1")]
 
     def __call__(
-        self, x: Float[Array, "b h w channels"], *, train: bool
+        self, x: Float[Array, "b h w channels"], *, train: bool, keys: PRNGKeyArray | None = None
     ) -> Float[Array, "b h2 w2 features"]:
-        """Feature map, a 32nd of the image high and wide (rounded up at each stride)."""
+        """Feature map, a 32nd of the image high and wide (rounded up at each stride).
+
+        With ``keys``, one per example, residual branches are dropped at the blocks' rates.
+        """
         x = nnx.relu6(conv_norm(self.conv_stem, self.bn0, x, train=train))
         for block in self.blocks:
-            x = block(x, train=train)
+            x = block(x, train=train, keys=keys)
         return nnx.relu6(conv_norm(self.conv_head, self.bn1, x, train=train))
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from mmljax.config import ModelConfig, choose
 from mmljax.errors import UserError
 from mmljax.models.backbones import Backbone, make_backbone
-from mmljax.models.head import POOLINGS, Head
+from mmljax.models.head import Head
+from mmljax.models.pooling import POOLINGS
 from mmljax.models.weight_files import PACKAGED_WEIGHTS
 from mmljax.numerics import at_least_float32
 
@@ -22,6 +23,7 @@ PIXEL_NORMS = {  # mean and deviation of pixels in [0, 1], red, green and blue
     "efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
 AUTO = "auto"
+_BACKBONE = 2  # the stream of the backbone's keys; the head's layers use 0 and 1
 BATCH_NORMS = {"global": False, "frozen": True}
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -56,12 +58,15 @@ class Embedder(nnx.Module):
         Args:
           images: pixels from 0 to 255, three channels being red, green and blue; or pooled
             features ``[b f]`` in their place.
-          train: whether dropout is active, and BatchNorm uses the global batch's statistics and
-            updates its running ones, which needs a ``shard_map`` over the mesh axis ``data``. A
-            frozen BatchNorm of the backbone always uses its running statistics.
+          train: whether dropout and stochastic depth are active, and BatchNorm uses the global
+            batch's statistics and updates its running ones, which needs a ``shard_map`` over the
+            mesh axis ``data``. A frozen BatchNorm of the backbone always uses its running
+            statistics.
           keys: one per image, for what is random in training; without them nothing is.
         """
-        features = images if images.ndim == 2 else self._backbone_of(images, train=train)
+        features = images
+        if images.ndim > 2:
+            features = self._backbone_of(images, train=train, keys=keys)
         return self.head(features, train=train, keys=keys)
 
     def pooled(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b f"]:
@@ -81,10 +86,14 @@ class Embedder(nnx.Module):
             )
         return FeatureEmbedder(self.head)
 
-    def _backbone_of(self, images: Array, *, train: bool) -> Float[Array, "b *n f"]:
+    def _backbone_of(
+        self, images: Array, *, train: bool, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b *n f"]:
         dtype = at_least_float32(self.dtype)
         x = normalize_pixels(images, norm=PIXEL_NORMS[self.pixel_norm], dtype=dtype)
-        return self.backbone(x, train=train and not self.frozen_batch_norm)
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _BACKBONE) if train else None
+        return self.backbone(x, train=train and not self.frozen_batch_norm, keys=keys)
 
 
 class FeatureEmbedder(nnx.Module):
@@ -124,7 +133,12 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         )
     frozen = choose(BATCH_NORMS, config.batch_norm, key="config.model.batch_norm")
     backbone = make_backbone(
-        config.backbone, width=config.width, channels=channels, dtype=dtype, rngs=rngs
+        config.backbone,
+        width=config.width,
+        channels=channels,
+        dtype=dtype,
+        rngs=rngs,
+        drop_path=config.drop_path,
     )
     fitting = POOLINGS[backbone.output]
     known = {name for names in POOLINGS.values() for name in names}

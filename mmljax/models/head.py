@@ -11,37 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mmljax.config import ModelConfig, choose
 from mmljax.mesh import AXIS
+from mmljax.models.pooling import POOLINGS
 from mmljax.numerics import at_least_float32, l2_normalize
-
-
-def _average(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
-    return jnp.mean(x, axis=(1, 2))
-
-
-def _maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
-    return jnp.max(x, axis=(1, 2))
-
-
-def _average_and_maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
-    return _average(x) + _maximum(x)
-
-
-def _token(x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
-    return x[:, 0]
-
-
-def _average_of_patches(x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
-    return jnp.mean(x[:, 1:], axis=1)
-
-
-POOLINGS: Mapping[str, Mapping[str, Callable[[Array], Array]]] = {
-    "map": {"average": _average, "max": _maximum, "average+max": _average_and_maximum},
-    "tokens": {"token": _token, "average": _average_of_patches},
-}
-"""By the backbone's ``output``.
-
-timm averages the patches before the last layer norm; here it is after.
-"""
 
 LAYER_NORMS = ("none", "before", "after")
 
@@ -77,7 +48,7 @@ class Head(nnx.Module):
         rngs: nnx.Rngs,
         output: str = "map",
     ) -> None:
-        self.pool = choose(POOLINGS[output], config.pooling, key="config.model.pooling")
+        self.pool = choose(POOLINGS[output], config.pooling, key="config.model.pooling")()
         self.layer_norm = choose(
             {name: name for name in LAYER_NORMS}, config.layer_norm, key="config.model.layer_norm"
         )

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from mmljax.models.conv_norm import conv_norm, conv_norm_layers
 from mmljax.models.convolution import max_pool
+from mmljax.models.drop_path import ResidualBlock
 
 _layers = functools.partial(conv_norm_layers, momentum=0.9, epsilon=1e-5)
 
@@ -28,7 +29,7 @@ class Stem(NamedTuple):
     max_pool: bool  # 3 x 3 with stride 2, after the convolution
 
 
-class BasicBlock(nnx.Module):
+class BasicBlock(ResidualBlock):
     """Two 3 x 3 convolutions, the first with the stride (He et al. 2015, 1512.03385, figure 5)."""
 
     expansion = 1
@@ -43,14 +44,16 @@ class BasicBlock(nnx.Module):
         self.bn2 = norm(width)
         self.downsample = _shortcut(inputs, width, stride=stride, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w i"], *, train: bool) -> Float[Array, "b h2 w2 o"]:
-        """Residual sum; ``h2 = ceil(h / stride)``."""
+    def __call__(
+        self, x: Float[Array, "b h w i"], *, train: bool, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Residual sum; ``h2 = ceil(h / stride)``. With ``keys`` the branch may be dropped."""
         y = nnx.relu(conv_norm(self.conv1, self.bn1, x, train=train))
         y = conv_norm(self.conv2, self.bn2, y, train=train)
-        return nnx.relu(y + _skip(self.downsample, x, train=train))
+        return nnx.relu(self.drop(y, keys) + _skip(self.downsample, x, train=train))
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(ResidualBlock):
     """1 x 1, 3 x 3 and 1 x 1 convolutions with the stride on the 3 x 3.
 
     He et al. (2015, 1512.03385) have the stride on the first 1 x 1 convolution; torchvision's form,
@@ -72,12 +75,14 @@ class Bottleneck(nnx.Module):
         self.bn3 = norm(outputs)
         self.downsample = _shortcut(inputs, outputs, stride=stride, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w i"], *, train: bool) -> Float[Array, "b h2 w2 o"]:
-        """Residual sum; ``h2 = ceil(h / stride)``."""
+    def __call__(
+        self, x: Float[Array, "b h w i"], *, train: bool, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Residual sum; ``h2 = ceil(h / stride)``. With ``keys`` the branch may be dropped."""
         y = nnx.relu(conv_norm(self.conv1, self.bn1, x, train=train))
         y = nnx.relu(conv_norm(self.conv2, self.bn2, y, train=train))
         y = conv_norm(self.conv3, self.bn3, y, train=train)
-        return nnx.relu(y + _skip(self.downsample, x, train=train))
+        return nnx.relu(self.drop(y, keys) + _skip(self.downsample, x, train=train))
 
 
 class ResNet(nnx.Module):
@@ -125,13 +130,23 @@ class ResNet(nnx.Module):
         blocks = [(f"{name}.{i}",) for name, depth in depths.items() for i in range(depth)]
         return [("conv1", "bn1"), *blocks]
 
-    def __call__(
-        self, x: Float[Array, "b h w channels"], *, train: bool
-    ) -> Float[Array, "b h2 w2 features"]:
-        """Feature map; ``train`` uses the batch's statistics and moves the running ones."""
-        return self.maps(x, train=train)[-1]
+    @property
+    def blocks(self) -> list[BasicBlock | Bottleneck]:
+        """Those of all stages, from the images on."""
+        return [block for name in self.stages for block in getattr(self, name)]
 
-    def maps(self, x: Float[Array, "b h w channels"], *, train: bool) -> list[Array]:
+    def __call__(
+        self, x: Float[Array, "b h w channels"], *, train: bool, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b h2 w2 features"]:
+        """Feature map; ``train`` uses the batch's statistics and moves the running ones.
+
+        With ``keys``, one per example, residual branches are dropped at the blocks' rates.
+        """
+        return self.maps(x, train=train, keys=keys)[-1]
+
+    def maps(
+        self, x: Float[Array, "b h w channels"], *, train: bool, keys: PRNGKeyArray | None = None
+    ) -> list[Array]:
         """The feature map after the stem and after each stage."""
         x = nnx.relu(conv_norm(self.conv1, self.bn1, x, train=train))
         if self.max_pool:
@@ -139,7 +154,7 @@ class ResNet(nnx.Module):
         found = [x]
         for name in self.stages:
             for block in getattr(self, name):
-                x = block(x, train=train)
+                x = block(x, train=train, keys=keys)
             found.append(x)
         return found
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from mmljax.errors import UserError
 from mmljax.models.convolution import conv
+from mmljax.models.drop_path import ResidualBlock
 from mmljax.numerics import at_least_float32
 
 PATCH = 16  # pixels, the side of a patch
@@ -54,7 +55,7 @@ class Mlp(nnx.Module):
         return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
-class Block(nnx.Module):
+class Block(ResidualBlock):
     """Attention and MLP, each on a layer norm of its input and added to it (pre-norm)."""
 
     def __init__(self, size: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -63,10 +64,15 @@ class Block(nnx.Module):
         self.norm2 = _layer_norm(size, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
-        """Return the sum of the input, the attention's output and the MLP's output."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def __call__(
+        self, x: Float[Array, "b n f"], *, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b n f"]:
+        """Return the sum of the input, the attention's output and the MLP's output.
+
+        With ``keys`` each of the two outputs may be dropped.
+        """
+        x = x + self.drop(self.attn(self.norm1(x)), keys)
+        return x + self.drop(self.mlp(self.norm2(x)), keys, place=1)
 
 
 class VisionTransformer(nnx.Module):
@@ -75,8 +81,8 @@ class VisionTransformer(nnx.Module):
     Position embeddings are those of a 224 px image; for any other size they are resampled in the
     forward pass, by a bicubic filter with antialiasing (a = -0.5): timm's numbers, though timm
     resamples once, when it loads weights, and then trains the result. Layer norms have epsilon
-    1e-6, as torchvision's and timm's (Hugging Face: 1e-12). There is no dropout and no stochastic
-    depth. ``features`` is the length of a token.
+    1e-6, as torchvision's and timm's (Hugging Face: 1e-12). There is no dropout.
+    ``features`` is the length of a token.
     """
 
     output = "tokens"
@@ -107,11 +113,12 @@ class VisionTransformer(nnx.Module):
         return [("patch_embed", "cls_token", "pos_embed"), *blocks, ("norm",)]
 
     def __call__(
-        self, x: Float[Array, "b h w channels"], *, train: bool
+        self, x: Float[Array, "b h w channels"], *, train: bool, keys: PRNGKeyArray | None = None
     ) -> Float[Array, "b n features"]:
         """Return the class token, then the patches by rows, in float32 (at least).
 
-        Training and evaluation are the same.
+        Training and evaluation are the same, but for residual branches that are dropped at the
+        blocks' rates with ``keys``, one per example.
 
         Raises:
           UserError: if the image's height or width is not a multiple of 16 pixels.
@@ -128,7 +135,7 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([first, x.reshape(b, rows * columns, size)], axis=1)
         x = x + resample_positions(self.pos_embed[...], rows, columns).astype(x.dtype)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, keys=keys)
         return self.norm(x)
 
     def _embed_patches(self, x: Array) -> Array:

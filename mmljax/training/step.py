@@ -37,8 +37,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     ema_decay: float = 0.0,
+    micro_batches: int = 1,
 ) -> TrainStep:
     """Bind everything static into a jitted step.
+
+    With micro batches the network's activations are held for one of them at a time, and the step is
+    that of the whole batch: see :func:`_in_micro_batches`.
 
     Args:
       graphdef: of the embedder, from ``nnx.split``.
@@ -46,12 +50,22 @@ def make_train_step(
       optimizer: for ``state.params``.
       mesh: of one axis, over which the batch and the proxies are split.
       ema_decay: of the moving average, where the state has one.
+      micro_batches: into how many parts each device's rows are cut; above 1 only for networks
+        without batch statistics (:func:`mmljax.training.trainer.check_micro_batches`).
     """
+
+    def embed(network: Any, model_state: Any, images: Any, keys: Any) -> Any:
+        model = nnx.merge(graphdef, network, model_state, copy=True)
+        embeddings = model(images, train=True, keys=keys)
+        return embeddings, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+    if micro_batches > 1:
+        embed = _in_micro_batches(embed, count=micro_batches)
 
     def gradients(params: Any, model_state: Any, state: ObjectiveState, batch: Batch) -> Any:
         def loss(params: Any) -> Any:
-            model = nnx.merge(graphdef, params["network"], model_state, copy=True)
-            embeddings = model(batch.images, train=True, keys=_keys(state, len(batch.labels)))
+            keys = _keys(state, len(batch.labels))
+            embeddings, statistics = embed(params["network"], model_state, batch.images, keys)
             value, (new_state, ledger) = objective(
                 params,
                 state,
@@ -60,7 +74,6 @@ def make_train_step(
                 valid=batch.valid,
                 axis_name=AXIS,
             )
-            statistics = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
             return value, (statistics, new_state, ledger)
 
         return jax.grad(loss, has_aux=True)(params)
@@ -90,6 +103,28 @@ def make_train_step(
         return TrainState(params, statistics, objective_state, optimizer_state, average), ledger
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _in_micro_batches(embed: Callable[..., Any], *, count: int) -> Callable[..., Any]:
+    """An embedding function that keeps no activations of a part of the batch for the next part.
+
+    GradCache (Gao et al. 2021, arXiv 2101.06983): all embeddings first, then the objectives and
+    their gradients on the whole batch, then a second forward pass of each part with its backward
+    pass. Here differentiation does that: each part is rematerialised. The parts' gradients are
+    summed on the device, and then once over the devices.
+    """
+
+    def embed_parts(network: Any, model_state: Any, images: Any, keys: Any) -> Any:
+        network = jax.tree.map(Axis(AXIS).varying, network)
+
+        def embed_part(part: Any) -> Any:
+            return embed(network, model_state, *part)[0]
+
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (images, keys))
+        embeddings = jax.lax.map(jax.checkpoint(embed_part), parts)
+        return embeddings.reshape(-1, embeddings.shape[-1]), model_state
+
+    return embed_parts
 
 
 def _keys(state: ObjectiveState, count: int) -> PRNGKeyArray:

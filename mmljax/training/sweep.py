@@ -247,6 +247,7 @@ def _vectorised_step(
             optimizer=optim.make_optimizer(optimizer, schedules),
             mesh=mesh,
             ema_decay=config.optimizer.ema_decay,
+            micro_batches=config.data.micro_batches,
         )(state, batch)
 
     return jax.jit(jax.vmap(step), donate_argnums=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 from flax import nnx
@@ -114,11 +114,45 @@ def make_trainer(
         mesh=mesh,
         averaged=config.optimizer.ema_decay > 0,
     )
+    check_micro_batches(config, statistics, devices=mesh.devices.size)
     step = make_train_step(
         graphdef=graphdef,
         objective=objective,
         optimizer=optimizer,
         mesh=mesh,
         ema_decay=config.optimizer.ema_decay,
+        micro_batches=config.data.micro_batches,
     )
     return Trainer(graphdef, objective, state, step, schedules, total, in_steps)
+
+
+def check_micro_batches(config: Config, statistics: Mapping[str, Any], *, devices: int) -> None:
+    """Refuse micro batches that would change the step, or that do not divide the batch.
+
+    Args:
+      config: the run.
+      statistics: of BatchNorm, by ``backbone`` and ``head``; a network without has none.
+      devices: over which the batch is split.
+
+    Raises:
+      UserError: with the cure.
+    """
+    count, size = config.data.micro_batches, config.data.batch_size
+    if count == 1:
+        return
+    found = f"--config.data.micro_batches={count}"
+    cures = []
+    if statistics.get("backbone") and config.model.batch_norm == "global":
+        cures.append("--config.model.batch_norm=frozen")
+    if statistics.get("head"):
+        cures.append("--config.model.head_norm=layer")
+    if cures:
+        raise UserError(
+            f"{found} would give BatchNorm the statistics of a part of the batch; set "
+            f"{' and '.join(cures)}, or --config.data.micro_batches=1"
+        )
+    if size % (count * devices):
+        raise UserError(
+            f"{found} does not divide --config.data.batch_size={size} on {devices} devices; use a "
+            f"batch size that is a multiple of {count * devices}"
+        )

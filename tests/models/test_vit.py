@@ -175,9 +175,9 @@ def test_every_parameter_learns_alike_on_one_device_and_on_eight() -> None:
 @pytest.mark.parametrize(
     ("backbone", "pooling", "fitting"),
     [
-        ("vit_s16", "average+max", "token, average"),
-        ("vit_b16", "max", "token, average"),
-        ("resnet18", "token", "average, max, average+max"),
+        ("vit_s16", "average+max", "token, average, gem"),
+        ("vit_b16", "max", "token, average, gem"),
+        ("resnet18", "token", "average, max, average+max, gem"),
     ],
 )
 def test_pooling_that_does_not_fit(backbone: str, pooling: str, fitting: str) -> None:

@@ -64,6 +64,17 @@ class Stop(Exception):
     """Breaks a run off."""
 
 
+FINE_TUNING: dict[str, Any] = {
+    "model__drop_path": 0.4,
+    "model__pooling": "gem",
+    "model__batch_norm": "frozen",
+    "data__micro_batches": 2,
+    "data__randaugment": (2, 9.0),
+    "data__color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "data__erase": 0.5,
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -73,7 +84,9 @@ class Stop(Exception):
             "optimizer__layer_decay": 0.8,
             "proxies_init": "class_means",
         },
+        pytest.param(FINE_TUNING, marks=pytest.mark.slow),
     ],
+    ids=["memory", "average", "augmentation"],
 )
 def test_interrupted_equals_uninterrupted(
     changes: dict[str, Any],
