@@ -2,9 +2,9 @@
 
     python -m benchmarks.feature_memory
 
-A process writes noise in the layout of ``mmljax features`` (5.2 GB below ``--directory``, removed at
-the end). This one trains a linear head on it by ``mmljax.train`` and prints the peak of its memory:
-anonymous pages and pages of mapped files. The classes have 50 images each.
+A process writes noise in the layout of ``mmljax features`` (5.2 GB below ``--directory``, removed
+at the end). This one trains a linear head on it by ``mmljax.train`` and prints the peak of its
+memory: anonymous pages and pages of mapped files. The classes have 50 images each.
 """
 
 from __future__ import annotations

@@ -70,10 +70,14 @@ def appended(words: list[str]) -> list[str]:
     """What is appended to a command of mmljax, so that it ends soon."""
     if words[0] == "prepare":
         return ["--no-check-counts"]
-    if words[0] not in ("train", "doctor"):
-        return []
-    more = SHORT if words[0] == "train" else ["--seconds=0.1"]
     line = " ".join(words)
+    if words[0] == "features":
+        return SMALL
+    if words[0] not in ("train", "doctor", "sweep"):
+        return []
+    more = ["--seconds=0.1"] if words[0] == "doctor" else SHORT
+    if "finetune" in line or "heads" in line:
+        return more + SMALL
     if "quickstart" in line:
         return more + FEW
     if "omniglot" in line or "data.image_size=" in line:  # small as it stands
