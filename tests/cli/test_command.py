@@ -92,8 +92,9 @@ def test_modules_that_start_the_command_line(module):
 
 
 WORDS = {  # valid arguments of each verb
-    **{verb: [] for verb in ("train", "doctor")},
+    **{verb: [] for verb in ("train", "doctor", "sweep")},
     **{verb: ["RUN"] for verb in ("page", "atlas", "interpolate")},
+    "features": ["--output=x"],
     "embed": ["RUN", "--split=query", "--output=x"],
     "search": ["RUN", "--split=query", "--embeddings=x"],
     "export": ["RUN", "--output=x"],

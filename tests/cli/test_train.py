@@ -125,6 +125,7 @@ def test_workdir_that_cannot_be_made(small: Path, tmp_path: Path, capsys) -> Non
     assert_refused(code, capsys.readouterr().err, "--workdir", "file/run")
 
 
+@pytest.mark.slow
 def test_runs_on_eight_devices(small: Path, tmp_path: Path) -> None:
     done = small_runs.run(small, tmp_path / "run", JAX_NUM_CPU_DEVICES="8")
     assert done.returncode == 0, done.stderr

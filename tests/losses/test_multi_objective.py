@@ -43,7 +43,10 @@ def points(count: int, classes: int, *, seed: int = 0) -> tuple[Any, Any]:
     return jnp.asarray(vectors), jnp.asarray(random.integers(0, classes, count), jnp.int32)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float32", 1e-6), pytest.param("float64", 1e-12, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("devices", [1, 8])
 def test_own_loop_equals_the_step_of_the_trainer(
     devices: int, dtype: str, tolerance: float

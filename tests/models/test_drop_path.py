@@ -135,6 +135,7 @@ def images(count: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), np.uint8)
 
 
+@pytest.mark.slow
 def test_only_training_with_keys_drops() -> None:
     with jax.enable_x64(True):
         model = make_embedder(CONFIG, channels=3, rngs=rngs())

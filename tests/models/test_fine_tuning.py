@@ -42,7 +42,7 @@ def random_weights(backbone: Any) -> tuple[dict[str, np.ndarray], dict[str, np.n
 @pytest.mark.parametrize(
     ("backbone", "pooling"),
     [
-        ("small", "average+max"),
+        pytest.param("small", "average+max", marks=pytest.mark.slow),
         pytest.param("resnet18", "average+max", marks=pytest.mark.slow),
         pytest.param("vit_s16", "token", marks=pytest.mark.slow),
     ],

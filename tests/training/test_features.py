@@ -206,7 +206,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(row) for row in small_runs.metrics(run) if '"train"' in row]
 
 
-@pytest.mark.parametrize("head", [{}, HEAD])
+@pytest.mark.parametrize("head", [pytest.param({}, marks=pytest.mark.slow), HEAD])
 def test_equals_image_fed_training_with_a_frozen_backbone(
     folder: Path, tmp_path: Path, head: dict[str, Any]
 ) -> None:
@@ -332,6 +332,7 @@ def test_sweep_trains_only_what_is_not_complete(
     assert (runs[0].workdir / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_run_of_a_sweep_that_diverges_fails_alone(folder: Path, tmp_path: Path) -> None:
     found = sweep(make_runs(folder, tmp_path, rates=(1e-3, 1e38), seeds=1), tmp_path)
     assert "scores" in found[0]

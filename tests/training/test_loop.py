@@ -79,11 +79,14 @@ FINE_TUNING: dict[str, Any] = {
     "changes",
     [
         {"memory__size": 128, "objectives__pair__memory": True},
-        {
-            "optimizer__ema_decay": 0.9,
-            "optimizer__layer_decay": 0.8,
-            "proxies_init": "class_means",
-        },
+        pytest.param(
+            {
+                "optimizer__ema_decay": 0.9,
+                "optimizer__layer_decay": 0.8,
+                "proxies_init": "class_means",
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(FINE_TUNING, marks=pytest.mark.slow),
     ],
     ids=["memory", "average", "augmentation"],
@@ -221,7 +224,14 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         train.train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "inshop", "omniglot"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart",
+        pytest.param("inshop", marks=pytest.mark.slow),
+        pytest.param("omniglot", marks=pytest.mark.slow),
+    ],
+)
 def test_committed_config_takes_two_steps(name: str, tmp_path: Path) -> None:
     """Every config runs on small arrays, with a narrow network for the sake of the test's time."""
     mapping = default_config(name)

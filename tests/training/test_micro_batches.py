@@ -67,7 +67,11 @@ def stepped(*arguments: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("config", "devices", "parts"),
-    [(CONVOLUTIONS, 1, 8), (CONVOLUTIONS, 8, 2), (TOKENS, 2, 4)],
+    [
+        (CONVOLUTIONS, 1, 8),
+        pytest.param(CONVOLUTIONS, 8, 2, marks=pytest.mark.slow),
+        pytest.param(TOKENS, 2, 4, marks=pytest.mark.slow),
+    ],
     ids=["convolutions", "convolutions on 8 devices", "tokens on 2 devices"],
 )
 def test_step_is_that_of_the_whole_batch(config: ModelConfig, devices: int, parts: int) -> None:
@@ -92,6 +96,7 @@ def temporary_bytes(parts: int) -> int:
     return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_falls() -> None:
     whole, eighths = temporary_bytes(1), temporary_bytes(8)
     assert eighths < whole / 3

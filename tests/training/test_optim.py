@@ -187,6 +187,7 @@ def test_rates_fall_from_layer_to_layer(backbone: str) -> None:
     np.testing.assert_allclose(updates["network"]["head"], -2e-2 * (1 + 1e-3), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_decays_its_own_backbone(tmp_path: Path) -> None:
     """One step of a run with and without the decay: the ratio of the updates, layer by layer."""
     images = small_runs.write_images(tmp_path / "images.npz")
