@@ -67,7 +67,7 @@ def read_features(config: Config) -> Dataset:
         with np.load(folder / IMAGES, allow_pickle=False) as images:
             splits = {
                 name: Split(
-                    np.moveaxis(np.load(folder / f"{name}.npy", mmap_mode="r"), 0, 1),
+                    _mapped(folder / f"{name}.npy"),
                     images[f"{name} labels"],
                     images[f"{name} names"],
                 )
@@ -137,6 +137,13 @@ def random_crops(config: Config) -> dict[str, Any]:
     """What of a config decides its random crops, besides the size."""
     kept = {k: v for k, v in to_dict(config)["data"].items() if k not in _NOT_OF_CROPS}
     return {**kept, "seed": config.seed}
+
+
+def _mapped(path: Path) -> Float[np.ndarray, "n v f"]:
+    """A file's features, of which the rows that are asked for are read, and no more around them."""
+    features = np.load(path, mmap_mode="r")
+    features._mmap.madvise(mmap.MADV_RANDOM)
+    return np.moveaxis(features, 0, 1)
 
 
 def gather(
