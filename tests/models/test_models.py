@@ -348,6 +348,19 @@ def test_eight_devices_equal_one() -> None:
         np.testing.assert_allclose(new, 0.9 * old + 0.1 * first_batch_mean, rtol=1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["global", "frozen"])
+def test_efficientnet_on_eight_devices_equals_one(frozen: str) -> None:
+    config = dataclasses.replace(
+        CONFIG, backbone="efficientnet_lite0", batch_norm=frozen, compute_dtype="float64"
+    )
+    x, cotangent = noise(16, 33, 33, 3), np.random.default_rng(2).normal(size=(16, 6))
+    with jax.enable_x64(True):
+        model = make_embedder(config, channels=3, rngs=rngs())
+        one, eight = (run(model, x, cotangent, devices=count) for count in (1, 8))
+        assert_trees_close(eight, one, tolerance=1e-9)
+
+
 def test_frozen_batch_norm() -> None:
     model = two_stage_embedder(frozen=True)
     x, cotangent = noise(8, 20, 20, 3), np.random.default_rng(2).normal(size=(8, 6))

@@ -250,6 +250,18 @@ def test_interrupted_equals_uninterrupted(
         np.testing.assert_array_equal(value, parts[name], err_msg=name)
 
 
+def test_run_is_not_resumed_on_other_features(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "plain", tmp_path / "features")
+    config = of_features(folder, duration="2 steps")
+    data = dataclasses.replace(config.data, directory=str(tmp_path / "features"))
+    config = dataclasses.replace(config, data=data)
+    train(config, tmp_path / "run")
+    features = np.load(tmp_path / "features" / "train.npy")
+    np.save(tmp_path / "features" / "train.npy", features + np.float32(0.5))
+    with pytest.raises(UserError, match="holds a run of other data .train: contents of sampled"):
+        train(config, tmp_path / "run")
+
+
 def test_head_is_joined_with_its_backbone(folder: Path, tmp_path: Path) -> None:
     config = of_features(folder, **HEAD)
     train(config, tmp_path / "run")

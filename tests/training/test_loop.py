@@ -88,8 +88,16 @@ FINE_TUNING: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
         pytest.param(FINE_TUNING, marks=pytest.mark.slow),
+        pytest.param(
+            {
+                "model__backbone": "efficientnet_lite0",
+                "model__batch_norm": "frozen",
+                "optimizer__ema_decay": 0.9,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["memory", "average", "augmentation"],
+    ids=["memory", "average", "augmentation", "efficientnet"],
 )
 def test_interrupted_equals_uninterrupted(
     changes: dict[str, Any],
