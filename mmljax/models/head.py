@@ -56,7 +56,13 @@ class Head(nnx.Module):
         heads = {"linear": features, "mlp": config.head_width}
         last = choose(heads, config.head, key="config.model.head")
         self.hidden = (
-            nnx.Linear(features, last, precision="highest", rngs=rngs)
+            nnx.Linear(
+                features,
+                last,
+                use_bias=config.head_norm != "batch",  # whose mean would cancel it
+                precision="highest",
+                rngs=rngs,
+            )
             if config.head == "mlp"
             else None
         )

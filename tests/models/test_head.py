@@ -75,7 +75,8 @@ def test_layers(kind: str, norm: str, train: bool) -> None:
 
     x = rows.astype(np.float64)
     if kind == "mlp":
-        x = x @ array(head.hidden.kernel) + array(head.hidden.bias)
+        x = x @ array(head.hidden.kernel)
+        x = x if norm == "batch" else x + array(head.hidden.bias)
     if norm == "layer":
         x = np.stack([standardized(row, row.mean(), row.var() + 1e-6) for row in x])
     elif norm == "batch":
