@@ -72,6 +72,16 @@ class SyntheticConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompositionConfig:
+    """Training batches of classes that are hard to tell apart (mmljax.data.composition)."""
+
+    rule: str = "none"  # what makes classes near: none, proxy, sample, either
+    share: Share = 0.2  # of the batches that are composed
+    group: Count = 4  # classes that are put together
+    every: str = "50 steps"  # duration between refreshes of what is near
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they become a batch."""
 
@@ -94,6 +104,7 @@ class DataConfig:
     batch_size: Count = 180  # global, training
     micro_batches: Count = 1  # parts of a device's batch whose activations are held one at a time
     images_per_class: Count = 4  # K of P x K
+    composition: CompositionConfig = CompositionConfig()
     eval_batch_size: Count = 128  # global
     threads: Natural = 0  # of decoding; 0: one per core
     prefetch: Natural = 4  # batches made ahead on the host

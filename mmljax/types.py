@@ -161,6 +161,7 @@ class TrainState(NamedTuple):
     objective: ObjectiveState
     optimizer_state: Params
     average: Params = ()  # of the weights: the keys network and model_state; empty without one
+    neighbors: Params = ()  # tables of mmljax.data.composition.Neighbors; empty without composition
 
     @property
     def evaluated(self) -> tuple[Params, Params]:

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 from mmljax.config import DataConfig
 from mmljax.data.affine import affine_matrix, affine_resample
 from mmljax.data.augmentation import train_augmentation
+from mmljax.data.composition import Neighbors, batch_sampler
 from mmljax.data.limits import check_sizes
-from mmljax.data.sampling import check_batch, class_balanced_indices, class_index, ordered_indices
+from mmljax.data.sampling import ordered_indices
 from mmljax.types import Batch, Split
 
 _TRIES = 10
@@ -38,6 +39,7 @@ def train_batches(
     steps: range,
     rows: slice,
     place: Callable[[Batch], Batch],
+    neighbors: Neighbors | None = None,
 ) -> Iterator[Batch]:
     """Augmented P x K batches, one per step.
 
@@ -48,25 +50,24 @@ def train_batches(
       steps: numbers of the batches to yield.
       rows: the part of the global batch that this process loads.
       place: from a NumPy batch of those rows to device arrays, of the rows or of the global batch.
+      neighbors: as for ``batch_sampler``.
 
     Returns:
       Batches of device arrays, images ``[b image_size image_size channels]`` uint8; each is made
       while the previous one is in use.
 
     Raises:
-      UserError: at once, as ``check_sizes``, ``check_batch`` and ``train_augmentation``.
+      UserError: at once, as ``check_sizes``, ``batch_sampler`` and ``train_augmentation``.
     """
     check_sizes(config, processes=jax.process_count())
-    index = class_index(split.labels)
-    sizes = {"batch_size": config.batch_size, "images_per_class": config.images_per_class}
-    check_batch(index, **sizes)
+    sample = batch_sampler(split.labels, config, seed=seed, neighbors=neighbors)
     position = range(config.batch_size)[rows]
     augmented = train_augmentation(
         config, channels=split.images.shape[-1], seed=seed, first=position.start
     )
 
     def make(step: int) -> Batch:
-        indices = class_balanced_indices(index, seed=seed, step=step, **sizes)[rows]
+        indices = sample(step)[rows]
         batch = place(host_batch(split, indices, split.images[indices]))
         first = 0 if len(batch.images) == config.batch_size else position.start
         return augmented(_cropped(batch, config, seed=seed, step=step, first=first), step)

@@ -12,14 +12,9 @@ import numpy as np
 
 from mmljax.config import DataConfig
 from mmljax.data.array_pipeline import host_batch, one_ahead
+from mmljax.data.composition import Neighbors, batch_sampler
 from mmljax.data.readers.features import gather
-from mmljax.data.sampling import (
-    augmentation_numbers,
-    check_batch,
-    class_balanced_indices,
-    class_index,
-    ordered_indices,
-)
+from mmljax.data.sampling import augmentation_numbers, ordered_indices
 from mmljax.types import Batch, Split
 
 
@@ -31,6 +26,7 @@ def train_batches(
     steps: range,
     rows: slice,
     place: Callable[[Batch], Batch],
+    neighbors: Neighbors | None = None,
 ) -> Iterator[Batch]:
     """P x K batches, one per step: the same images as if the images were read.
 
@@ -41,21 +37,20 @@ def train_batches(
       steps: numbers of the batches to yield.
       rows: the part of the global batch that this process loads.
       place: from a NumPy batch of those rows to device arrays.
+      neighbors: as for ``batch_sampler``.
 
     Returns:
       Placed batches whose ``images`` are ``[b f]`` float32. Each image has one of its random crops,
       drawn evenly; its evaluation crop if there are no others.
 
     Raises:
-      UserError: at once, as ``check_batch``.
+      UserError: at once, as ``batch_sampler``.
     """
-    index = class_index(split.labels)
-    sizes = {"batch_size": config.batch_size, "images_per_class": config.images_per_class}
-    check_batch(index, **sizes)
+    sample = batch_sampler(split.labels, config, seed=seed, neighbors=neighbors)
     crops = split.images.shape[1] - 1
 
     def make(step: int) -> Batch:
-        indices = class_balanced_indices(index, seed=seed, step=step, **sizes)[rows]
+        indices = sample(step)[rows]
         numbers = augmentation_numbers(1, seed=seed, step=step, batch_size=config.batch_size)
         views = np.minimum(1 + (numbers[rows, 0] * crops).astype(np.int64), crops)
         return place(host_batch(split, indices, gather(split.images, indices, views)))

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mmljax.config import Config, DataConfig, choose
 from mmljax.data.augmentation import check_channels
+from mmljax.data.composition import Neighbors
 from mmljax.data.limits import check_sizes
 from mmljax.data.readers.arrays import read_arrays
 from mmljax.data.readers.csv import read_csv
@@ -119,7 +120,14 @@ def check_batches(dataset: Dataset, config: Config) -> None:
     )
 
 
-def train_batches(dataset: Dataset, config: Config, mesh: Mesh, steps: range) -> Iterator[Batch]:
+def train_batches(
+    dataset: Dataset,
+    config: Config,
+    mesh: Mesh,
+    steps: range,
+    *,
+    neighbors: Neighbors | None = None,
+) -> Iterator[Batch]:
     """Training batches of the given steps, on the devices."""
     return _pipeline(dataset.train).train_batches(
         dataset.train,
@@ -128,6 +136,7 @@ def train_batches(dataset: Dataset, config: Config, mesh: Mesh, steps: range) ->
         steps=steps,
         rows=process_rows(config.data.batch_size, key="config.data.batch_size"),
         place=partial(place, mesh=mesh),
+        neighbors=neighbors,
     )
 
 

@@ -29,14 +29,9 @@ from mmljax.config import DataConfig, choose
 from mmljax.data import transforms
 from mmljax.data.array_pipeline import host_batch, one_ahead
 from mmljax.data.augmentation import train_augmentation
+from mmljax.data.composition import Neighbors, batch_sampler
 from mmljax.data.limits import PixelBudget, check_sizes
-from mmljax.data.sampling import (
-    augmentation_numbers,
-    check_batch,
-    class_balanced_indices,
-    class_index,
-    ordered_indices,
-)
+from mmljax.data.sampling import augmentation_numbers, ordered_indices
 from mmljax.data.tensorflow_devices import import_tensorflow
 from mmljax.errors import UserError
 from mmljax.types import Batch, Split
@@ -72,6 +67,7 @@ def train_batches(
     steps: range,
     rows: slice,
     place: Callable[[Batch], Batch],
+    neighbors: Neighbors | None = None,
 ) -> Iterator[Batch]:
     """Randomly cropped P x K batches, one per step.
 
@@ -86,24 +82,23 @@ def train_batches(
       steps: numbers of the batches to yield.
       rows: the part of the global batch that this process loads; no other row is read.
       place: from a NumPy batch of those rows to device arrays.
+      neighbors: as for ``batch_sampler``.
 
     Returns:
       Placed batches, images ``[b image_size image_size 3]`` uint8; each is placed while the one
       before it is in use.
 
     Raises:
-      UserError: at once, as ``check_sizes`` and ``check_batch``; while iterating, if an image
+      UserError: at once, as ``check_sizes`` and ``batch_sampler``; while iterating, if an image
         cannot be read, cannot be decoded and is not to be skipped, or has no replacement.
     """
     skip = choose({"error": False, "skip": True}, config.corrupt, key="config.data.corrupt")
     check_sizes(config, processes=jax.process_count())
-    index = class_index(split.labels)
-    sizes = {"batch_size": config.batch_size, "images_per_class": config.images_per_class}
-    check_batch(index, **sizes)
+    sample = batch_sampler(split.labels, config, seed=seed, neighbors=neighbors)
     crop = _random_crop(config)
 
     def plan(step: int) -> _Rows:
-        indices = class_balanced_indices(index, seed=seed, step=step, **sizes)
+        indices = sample(step)
         numbers = augmentation_numbers(
             transforms.NUMBERS, seed=seed, step=step, batch_size=config.batch_size
         )

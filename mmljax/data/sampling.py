@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from mmljax.errors import UserError
 
-_CLASSES, _IMAGES, _AUGMENTATION = range(3)  # the independent streams of random numbers of a seed
+_CLASSES, _IMAGES, _AUGMENTATION, COMPOSITION = range(4)  # independent random streams of a seed
 
 
 class ClassIndex(NamedTuple):
@@ -62,14 +62,14 @@ def class_balanced_indices(
     """
     check_batch(index, batch_size=batch_size, images_per_class=images_per_class)
     classes, chosen = len(index.offsets) - 1, batch_size // images_per_class
-    numbers = _generator(seed, _IMAGES, step)
+    numbers = generator(seed, _IMAGES, step)
     if 2 * chosen <= classes:
         drawn = _draw(classes, chosen, seed, step)
     else:  # draw the absent classes instead: all are then absent equally often
         absent = _draw(classes, classes - chosen, seed, step)
         drawn = numbers.permutation(np.delete(np.arange(classes), absent))
     sizes = index.offsets[drawn + 1] - index.offsets[drawn]
-    within = _choose(numbers, sizes, images_per_class)
+    within = choose_images(numbers, sizes, images_per_class)
     return index.order[index.offsets[drawn][:, None] + within].reshape(-1)
 
 
@@ -106,16 +106,17 @@ def augmentation_numbers(
     count: int, *, seed: int, step: int, batch_size: int
 ) -> Float[np.ndarray, "b count"]:
     """Uniform numbers in [0, 1) for each position of a batch, for its random augmentation."""
-    return _generator(seed, _AUGMENTATION, step).random((batch_size, count))
+    return generator(seed, _AUGMENTATION, step).random((batch_size, count))
 
 
-def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
+def generator(seed: int, stream: int, number: int) -> np.random.Generator:
+    """Random numbers of a step, independent of other seeds, streams and steps."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, number])))
 
 
 @functools.lru_cache(maxsize=4)
 def _shuffled(classes: int, seed: int, number: int) -> Int[np.ndarray, " classes"]:
-    order = _generator(seed, _CLASSES, number).permutation(classes)
+    order = generator(seed, _CLASSES, number).permutation(classes)
     order.setflags(write=False)
     return order
 
@@ -149,7 +150,7 @@ def _draw(classes: int, count: int, seed: int, step: int) -> Int[np.ndarray, " c
     return drawn
 
 
-def _choose(
+def choose_images(
     numbers: np.random.Generator, sizes: Int[np.ndarray, " p"], count: int
 ) -> Int[np.ndarray, "p count"]:
     """``count`` of ``range(size)`` for each size: distinct, or all of them in turn if too few.

@@ -134,7 +134,9 @@ def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -
     grouped = similarity.reshape(similarity.shape[0], -1, group)
     starts = jnp.arange(grouped.shape[1]) * group
     # Not jnp.max: XLA's CPU calls a library for it that is slower on such short rows.
-    peak = lax.reduce(grouped, -jnp.inf, lambda a, b: jnp.where(a > b, a, b), (2,))
+    peak = lax.reduce(
+        grouped, jnp.array(-jnp.inf, grouped.dtype), lambda a, b: jnp.where(a > b, a, b), (2,)
+    )
     peak, chosen = _top_k(jnp.where(starts < rows, peak, -jnp.inf), k + 2)
     chosen = jnp.sort(chosen, axis=1)
     column = (chosen[:, :, None] * group + jnp.arange(group)).reshape(chosen.shape[0], -1)

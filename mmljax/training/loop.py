@@ -28,7 +28,7 @@ from mmljax.runs.html import write_plot_and_page
 from mmljax.runs.loggers import Logger, make_loggers
 from mmljax.runs.recorder import Recorder
 from mmljax.runs.workdir import claimed
-from mmljax.training import checkpoints, optim
+from mmljax.training import checkpoints, neighbors, optim
 from mmljax.training.checks import check_disk
 from mmljax.training.preemption import Preemption
 from mmljax.training.proxies import init_proxies
@@ -94,6 +94,8 @@ def train(
     state, total = trainer.state, trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
+    refresh_every = neighbors.refresh_every(config, trainer)
+    next_batches = neighbors.make_batches(config, dataset, trainer, mesh)
     score = make_score(config, dataset, trainer, mesh)
     protocol = records.evaluation_protocol(dataset, config)
 
@@ -134,8 +136,10 @@ def train(
             reporter, trainer.schedules, input_wait_warning=config.log.input_wait_warning
         )
         stack.callback(recorder.close)
-        batches = load.train_batches(dataset, config, mesh, range(first, total))
         for step in range(first + 1, total + 1):
+            if step - 1 == first or _due(step - 1, refresh_every):
+                state, batches = next_batches(state, step - 1)
+                recorder.restart_clock()
             batch = recorder.next_batch(batches)
             state, scalars = trainer.step(state, batch)
             recorder.add(step, scalars)

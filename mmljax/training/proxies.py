@@ -38,7 +38,8 @@ def init_proxies(
             "--config.proxies_init=class_means: the network starts from random weights, so the "
             "means of its embeddings know little of the classes; set --config.model.pretrained"
         )
-    batches = load.eval_batches(_readable(dataset.train, config), config, mesh)
+    kept = readable(dataset.train, config)
+    batches = load.eval_batches(Split(*(field[kept] for field in dataset.train)), config, mesh)
     embed = partial(make_embed(trainer.graphdef), *state.evaluated)
     start = state.params["proxies"]
     proxies = class_means(
@@ -84,11 +85,14 @@ def class_means(
     return np.where(known, sums / np.where(known, length, 1), start).astype(start.dtype)
 
 
-def _readable(split: Split, config: Config) -> Split:
-    """The split, without the image files that cannot be decoded where these are skipped."""
+def readable(split: Split, config: Config) -> Int[np.ndarray, " m"]:
+    """Which images of a split to embed: all, or those that can be decoded where others are skipped.
+
+    Raises:
+      UserError: if an image cannot be read.
+    """
     if config.data.corrupt != "skip" or split.images.ndim > 1:
-        return split
+        return np.arange(len(split.labels))
     from mmljax.data.pipeline import decodable
 
-    kept = decodable(split, config.data)
-    return Split(*(field[kept] for field in split))
+    return np.flatnonzero(decodable(split, config.data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,6 +67,7 @@ def make_state(
     seed: int,
     mesh: Mesh,
     averaged: bool = False,
+    neighbors: Mapping[str, tuple[int, ...]] | None = None,
 ) -> TrainState:
     """The state before the first step, laid out over the mesh.
 
@@ -78,6 +80,7 @@ def make_state(
       mesh: of one axis.
       averaged: whether the state has a moving average of network and statistics, which starts as
         a copy of them.
+      neighbors: shapes of the tables that composed batches follow, filled by the first refresh.
 
     Raises:
       UserError: if the proxies do not divide over the devices.
@@ -94,7 +97,10 @@ def make_state(
     if averaged:
         weights = {"network": network, "model_state": model_state}
         average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(weights)
-    state = TrainState(params, model_state, objective_state, optimizer.init(params), average)
+    tables = {name: jnp.zeros(shape, jnp.int32) for name, shape in (neighbors or {}).items()}
+    state = TrainState(
+        params, model_state, objective_state, optimizer.init(params), average, tables or ()
+    )
     return spread(state, shardings(state, objective, mesh))
 
 
@@ -114,7 +120,7 @@ def partition_specs(state: TrainState, objective: MultiObjective) -> TrainState:
             {name: moments if name == "proxies" else whole for name in groups}
         )
     prefix = TrainState(
-        {"network": whole, **objective_params}, whole, objective_state, optimizer, whole
+        {"network": whole, **objective_params}, whole, objective_state, optimizer, whole, whole
     )
     return jax.tree.broadcast(prefix, state, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
@@ -142,6 +148,7 @@ def state_bytes(state: TrainState) -> dict[str, int]:
         "proxies": state.params["proxies"],
         "statistics": state.model_state,
         "average": state.average,
+        "neighbors": state.neighbors,
         "memory": state.objective.memory,
         "optimizer of proxies": moments,
     }

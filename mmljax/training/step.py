@@ -100,7 +100,13 @@ def make_train_step(
         if average:
             new = {"network": params["network"], "model_state": statistics}
             average = move_average(average, new, step=state.step, decay=ema_decay)
-        return TrainState(params, statistics, objective_state, optimizer_state, average), ledger
+        return state._replace(
+            params=params,
+            model_state=statistics,
+            objective=objective_state,
+            optimizer_state=optimizer_state,
+            average=average,
+        ), ledger
 
     return jax.jit(step, donate_argnums=0)
 

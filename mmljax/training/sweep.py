@@ -27,13 +27,13 @@ from mmljax.data.fingerprint import dataset_fingerprint
 from mmljax.data.readers.features import copy_identity
 from mmljax.errors import UserError
 from mmljax.files import write_atomically
-from mmljax.mesh import AXIS, make_mesh
+from mmljax.mesh import AXIS, make_mesh, replicated
 from mmljax.retrieval import records
 from mmljax.retrieval.checks import check_evaluation
 from mmljax.runs import writer
 from mmljax.runs.workdir import claimed
 from mmljax.text import one_line, text_table
-from mmljax.training import checkpoints, optim
+from mmljax.training import checkpoints, neighbors, optim
 from mmljax.training.loop import make_score
 from mmljax.training.proxies import init_proxies
 from mmljax.training.state import partition_specs
@@ -184,15 +184,22 @@ def _train_together(runs: Sequence[Run], dataset: Dataset) -> dict[Path, str]:
                 score = make_score(run.config, dataset, trainer, mesh)
                 reporter.evaluation(0, score(trainer.state).summary())
         kept: list[tuple[int, Any]] = []
-        for number, batch in enumerate(_batches(runs, dataset, mesh, total), 1):
-            states, scalars = step(states, batch, varied)
+        refresh = neighbors.make_refresh(config, dataset, trainers[0], mesh)
+        every = neighbors.refresh_every(config, trainers[0])
+        for number in range(1, total + 1):
+            if number == 1 or (every and (number - 1) % every == 0):
+                if every:
+                    states = _refreshed(states, refresh, len(runs), mesh)
+                end = min(total, number - 1 + (every or total))
+                batches = _batches(runs, dataset, mesh, states, range(number - 1, end))
+            states, scalars = step(states, next(batches), varied)
             kept.append((number, scalars))
             if len(kept) == max(config.log.every, 1) or number == total:
                 _write_rows(reporters, trainers, kept)
                 kept = []
         errors = {}
         for i, (run, trainer) in enumerate(zip(runs, trainers, strict=True)):
-            state = jax.tree.map(lambda x, i=i: x[i], states)
+            state = _run_of(states, i)
             try:
                 _finish(run, trainer, state, reporters[i], dataset, mesh)
             except UserError as error:
@@ -268,23 +275,41 @@ def _stacked(states: Sequence[TrainState], trainer: Trainer, mesh: Mesh) -> Trai
     return stack(list(states))
 
 
-def _batches(runs: Sequence[Run], dataset: Dataset, mesh: Mesh, total: int) -> Iterator[Batch]:
+def _refreshed(
+    states: TrainState, refresh: Callable[[TrainState], Any], runs: int, mesh: Mesh
+) -> TrainState:
+    """The states with each run's own relations for composed batches."""
+    tables = [refresh(_run_of(states, i)) for i in range(runs)]
+    stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *tables)
+    return states._replace(neighbors=jax.device_put(stacked, replicated(mesh)))
+
+
+def _run_of(states: TrainState, i: int) -> TrainState:
+    return jax.tree.map(lambda x: x[i], states)
+
+
+def _batches(
+    runs: Sequence[Run], dataset: Dataset, mesh: Mesh, states: TrainState, steps: range
+) -> Iterator[Batch]:
     """Each run's own batches, with a first axis of runs."""
     sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
-    streams = {
-        seed: feature_pipeline.train_batches(
-            dataset.train,
-            config=runs[0].config.data,
-            seed=seed,
-            steps=range(total),
-            rows=slice(None),
-            place=lambda batch: batch,
-        )
-        for seed in dict.fromkeys(run.config.seed for run in runs)
-    }
-    for _ in range(total):
-        now = {seed: next(stream) for seed, stream in streams.items()}
-        columns = zip(*(now[run.config.seed] for run in runs), strict=True)
+    composed = bool(states.neighbors)
+    streams: dict[int, Iterator[Batch]] = {}
+    keys = [i if composed else run.config.seed for i, run in enumerate(runs)]  # of equal batches
+    for i, (key, run) in enumerate(zip(keys, runs, strict=True)):
+        if key not in streams:
+            streams[key] = feature_pipeline.train_batches(
+                dataset.train,
+                config=run.config.data,
+                seed=run.config.seed,
+                steps=steps,
+                rows=slice(None),
+                place=lambda batch: batch,
+                neighbors=neighbors.on_host(_run_of(states, i)) if composed else None,
+            )
+    for _ in steps:
+        now = {key: next(stream) for key, stream in streams.items()}
+        columns = zip(*(now[key] for key in keys), strict=True)
         yield Batch(*(jax.device_put(np.stack(x), sharding) for x in columns))
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmljax.config import Config, RunSize, choose, steps
+from mmljax.data.composition import table_shapes
 from mmljax.errors import UserError
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.training import optim
@@ -113,6 +114,7 @@ def make_trainer(
         seed=config.seed,
         mesh=mesh,
         averaged=config.optimizer.ema_decay > 0,
+        neighbors=table_shapes(config.data, classes=classes, images=train_examples),
     )
     check_micro_batches(config, statistics, devices=mesh.devices.size)
     step = make_train_step(

@@ -298,10 +298,12 @@ def test_head_without_its_backbones_weights_is_one_line(
     assert message.count("\n") == 1
 
 
-def make_runs(folder: Path, workdir: Path, *, rates: tuple[float, ...], seeds: int) -> list[Run]:
+def make_runs(
+    folder: Path, workdir: Path, *, rates: tuple[float, ...], seeds: int, **changes: Any
+) -> list[Run]:
     runs = []
     for rate in rates:
-        config = of_features(folder, "crops", optimizer__head__learning_rate=rate)
+        config = of_features(folder, "crops", optimizer__head__learning_rate=rate, **changes)
         for seed in range(seeds):
             name = f"{rate}-{seed}"
             own = dataclasses.replace(config, seed=seed)
@@ -309,8 +311,10 @@ def make_runs(folder: Path, workdir: Path, *, rates: tuple[float, ...], seeds: i
     return runs
 
 
-def test_sweep_equals_the_runs_alone(folder: Path, tmp_path: Path) -> None:
-    runs = make_runs(folder, tmp_path / "sweep", rates=(1e-3, 3e-3), seeds=2)
+@pytest.mark.parametrize("rule", ["none", "either"])
+def test_sweep_equals_the_runs_alone(folder: Path, tmp_path: Path, rule: str) -> None:
+    composition = {"data__composition__rule": rule, "data__composition__every": "3 steps"}
+    runs = make_runs(folder, tmp_path / "sweep", rates=(1e-3, 3e-3), seeds=2, **composition)
     found = sweep(runs, tmp_path / "sweep")
     assert [row["seed"] for row in found] == [0, 1, 0, 1]
     for run in (runs[1], runs[2]):

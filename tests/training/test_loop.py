@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import types
@@ -79,6 +80,11 @@ FINE_TUNING: dict[str, Any] = {
     "changes",
     [
         {"memory__size": 128, "objectives__pair__memory": True},
+        {
+            "data__composition__rule": "either",
+            "data__composition__share": 0.6,
+            "data__composition__every": "4 steps",
+        },
         pytest.param(
             {
                 "optimizer__ema_decay": 0.9,
@@ -97,7 +103,7 @@ FINE_TUNING: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["memory", "average", "augmentation", "efficientnet"],
+    ids=["memory", "composition", "average", "augmentation", "efficientnet"],
 )
 def test_interrupted_equals_uninterrupted(
     changes: dict[str, Any],
@@ -110,22 +116,25 @@ def test_interrupted_equals_uninterrupted(
     config = make_config(tmp_path, **changes)
     train.train(config, tmp_path / "whole")
 
-    original = load.train_batches
+    original, made, seen = load.train_batches, itertools.count(), []
 
-    def broken(*arguments: Any) -> Any:
-        for index, batch in enumerate(original(*arguments)):
-            if index == 12:
+    def broken(*arguments: Any, **options: Any) -> Any:
+        for batch in original(*arguments, **options):
+            if next(made) == 12:
                 raise Stop
             yield batch
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        seen.append(arguments[-1])
+        return original(*arguments, **options)
 
     monkeypatch.setattr(load, "train_batches", broken)
     with pytest.raises(Stop):
         train.train(config, tmp_path / "parts")
     monkeypatch.setattr(load, "train_batches", original)
-    seen = []
-    monkeypatch.setattr(load, "train_batches", lambda *a: seen.append(a[-1]) or original(*a))
+    monkeypatch.setattr(load, "train_batches", recorded)
     train.train(config, tmp_path / "parts")
-    assert seen == [range(10, 20)]  # it went on from the checkpoint, not from the start
+    assert [*itertools.chain(*seen)] == [*range(10, 20)]  # on from the checkpoint
     means = 2 if config.proxies_init == "class_means" else 0  # once per run, not on resume
     assert caplog.text.count("proxies start as class means of 72 training images") == means
 
@@ -136,6 +145,8 @@ def test_interrupted_equals_uninterrupted(
         np.testing.assert_array_equal(value, parts[name], err_msg=name)
     assert int(whole["objective.step"]) == 20
     assert any(name.startswith("average.") for name in whole) == (config.optimizer.ema_decay > 0)
+    composed = config.data.composition.rule != "none"
+    assert ("neighbors.images" in whole) == ("neighbors.classes" in whole) == composed
     scores = [small_runs.results(tmp_path / name)["scores"] for name in ("whole", "parts")]
     assert scores[0] == scores[1]
 

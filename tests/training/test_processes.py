@@ -58,7 +58,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     images = small_runs.write_images(folder / "images.npz")
     return small_runs.write_config(
-        folder / "double.py", images, model__compute_dtype="float64", duration="12 steps"
+        folder / "double.py",
+        images,
+        model__compute_dtype="float64",
+        duration="12 steps",
+        data__composition__rule="either",
+        data__composition__share=0.5,
+        data__composition__every="4 steps",
     )
 
 

@@ -36,7 +36,7 @@ _BACKBONE_KEYS = ("backbone", "width", "pretrained", "pixel_norm", "pooling", "c
 # What of the data's config does not decide how a random crop is made.
 _NOT_OF_CROPS = (
     *("source", "directory", "check_counts", "test_share", "corrupt", "synthetic"),
-    *("batch_size", "images_per_class", "micro_batches", "threads", "prefetch"),
+    *("batch_size", "images_per_class", "composition", "micro_batches", "threads", "prefetch"),
     *("image_size", "resize_size"),
 )
 
