@@ -291,7 +291,7 @@ def make_config(
         config.objectives = ConfigDict(overrides["objectives"])
         for key, value in overrides.items():
             if key != "objectives":
-                _apply(config, key, value)
+                apply(config, key, value)
     return from_mapping(config)
 
 
@@ -302,7 +302,7 @@ PER_OBJECTIVE = {
 }
 
 
-def _apply(config: Any, key: str, value: Any) -> None:
+def apply(config: Any, key: str, value: Any) -> None:
     """Set one override: of a loss wherever it is used, of each objective, or of a dotted key."""
     if key.startswith("losses."):
         _, loss, name = key.split(".")

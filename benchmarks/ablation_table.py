@@ -28,20 +28,33 @@ def key(record: Record) -> tuple[str, bool, str, int]:
 
 
 def choose(records: list[Record]) -> dict[str, Any]:
-    """Of each row that was tuned, the setting that validated best."""
-    best: dict[str, Record] = {}
-    for record in records:
-        if record["tuning"]:
-            held = best.setdefault(record["row"], record)
-            if record[SELECT_BY] > held[SELECT_BY]:
-                best[record["row"]] = record
-    return {name: record["setting"] for name, record in best.items()}
+    """Of each row that was tuned, the setting that validated best, as a mean over its seeds."""
+    return {row: setting for row, (_, setting) in _validated(records).items()}
+
+
+def validation_scores(records: list[Record]) -> dict[str, float]:
+    """Of each row that was tuned, the mean score of its best setting."""
+    return {row: score for row, (score, _) in _validated(records).items()}
 
 
 def best_single(records: list[Record]) -> str:
     """The single objective that validated best."""
-    singles = [r for r in records if r["tuning"] and r["group"] == "single"]
-    return max(singles, key=lambda r: r[SELECT_BY])["row"]
+    scores = validation_scores([r for r in records if r["group"] == "single"])
+    return max(scores, key=scores.__getitem__)
+
+
+def _validated(records: list[Record]) -> dict[str, tuple[float, dict[str, Any]]]:
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for record in records:
+        if record["tuning"]:
+            setting = json.dumps(record["setting"])
+            scores[record["row"], setting].append(record[SELECT_BY])
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for (row, setting), found in scores.items():
+        mean = sum(found) / len(found)
+        if row not in best or mean > best[row][0]:
+            best[row] = mean, json.loads(setting)
+    return best
 
 
 def markdown(directory: Path, reference: str | None = None) -> str:

@@ -3,7 +3,8 @@
     python -m benchmarks.fine_tuning                       # EfficientNet-Lite0, 112 px, batch 32
 
 The step is that of ``benchmarks.train_step``, with frozen BatchNorm. Rows take turns; the best of
-each counts.
+each counts. Below them, what batches of hard classes add: the choice of a batch's images, which the host
+makes while a step runs, and one refresh of near classes, every 50 steps.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks import machine
 from benchmarks.train_step import CLASSES, Row, make_batch, make_config
+from mmljax.config import CompositionConfig, DataConfig
+from mmljax.data.composition import Neighbors, batch_sampler
 from mmljax.mesh import make_mesh, place
+from mmljax.training.neighbors import nearest_classes
 from mmljax.training.trainer import make_trainer
 
 ROWS: Mapping[str, Mapping[str, Any]] = {  # what differs in config.optimizer
@@ -67,6 +72,36 @@ def main() -> None:
             best[name] = min(best[name], time.perf_counter() - begin)
     for name, seconds in best.items():
         print(f"{name:<24}{1e3 * seconds:>8.1f} ms  ratio {seconds / best['none']:.3f}")
+    for name, seconds in composition_times().items():
+        print(f"{name:<24}{1e3 * seconds:>8.1f} ms")
+
+
+def composition_times() -> dict[str, float]:
+    """Seconds of a refresh and of the choice of a batch, on as many classes as In-Shop has."""
+    proxies = np.random.default_rng(0).normal(size=(CLASSES, 512)).astype(np.float32)
+    labels = np.arange(25_882) % CLASSES
+    mesh = make_mesh()
+
+    def refresh() -> Any:
+        return nearest_classes(proxies, centers=1, count=3, mesh=mesh)
+
+    found = {}
+    data = DataConfig(composition=CompositionConfig("proxy", share=1.0))
+    ordinary = batch_sampler(labels, data, seed=0)
+    composed = batch_sampler(labels, data, seed=0, neighbors=Neighbors(classes=refresh()))
+    timed: dict[str, Callable[[], Any]] = {
+        "refresh of near classes": refresh,
+        "images of a batch": lambda: ordinary(7),
+        "of a composed batch": lambda: composed(7),
+    }
+    for name, function in timed.items():
+        times = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+        found[name] = min(times)
+    return found
 
 
 if __name__ == "__main__":

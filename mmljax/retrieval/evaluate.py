@@ -62,6 +62,7 @@ class Retrieval(NamedTuple):
         return {**self.scores, **counts}
 
 
+@functools.lru_cache(maxsize=8)
 def make_embed(graphdef: nnx.GraphDef) -> Embed:
     """A jitted ``(network, model_state, images) -> embeddings`` in evaluation mode."""
     from flax import nnx  # here, as mmljax.metrics does without it

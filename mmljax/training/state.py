@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -42,20 +44,29 @@ def make_model(
         have another number of channels.
     """
 
-    def build() -> Embedder:
-        # This generator compiles several times faster than the default one, per shape.
-        rngs = nnx.Rngs(jax.random.key(seed, impl="rbg"))
-        return make_embedder(config, channels=channels, rngs=rngs)
-
     model: Embedder | FeatureEmbedder
     if features:
-        model = nnx.jit(lambda: build().without_backbone(features))()  # makes no backbone's arrays
+        model = _head_builder(config, channels, features)(np.uint32(seed))
     else:
-        model = whole = build()
+        model = whole = _build(config, seed, channels)
         if pretrained and config.pretrained:
             load_pretrained(whole.backbone, config.pretrained)
     graphdef, network, *rest = nnx.split(model, nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(network), nnx.to_pure_dict(rest[0])
+
+
+def _build(config: ModelConfig, seed: Any, channels: int) -> Embedder:
+    # This generator compiles several times faster than the default one, per shape.
+    rngs = nnx.Rngs(jax.random.key(seed, impl="rbg"))
+    return make_embedder(config, channels=channels, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=8)
+def _head_builder(
+    config: ModelConfig, channels: int, features: int
+) -> Callable[[Any], FeatureEmbedder]:
+    """A compiled function of the seed, which makes no arrays of the backbone."""
+    return nnx.jit(lambda seed: _build(config, seed, channels).without_backbone(features))
 
 
 def make_state(
