@@ -3,7 +3,7 @@
     python -m benchmarks.fine_tuning                       # EfficientNet-Lite0, 112 px, batch 32
 
 The step is that of ``benchmarks.train_step``, with frozen BatchNorm. Rows take turns; the best of
-each counts. Below them, what batches of hard classes add: the choice of a batch's images, which the host
+each counts. Below them, what batches of hard classes add: the choice of the images, which the host
 makes while a step runs, and one refresh of near classes, every 50 steps.
 """
 
