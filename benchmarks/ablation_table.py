@@ -68,8 +68,8 @@ def markdown(directory: Path, reference: str | None = None) -> str:
     lines = [
         f"Compared with: {reference}.",
         "",
-        "| row | tuned | R@1 % | difference | MAP@R % | difference |",
-        "|---|---|---|---|---|---|",
+        "| row | tuned | R@1 % | difference | MAP@R % | difference | shares |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row, by_seed in scores.items():
         cells = []
@@ -77,10 +77,28 @@ def markdown(directory: Path, reference: str | None = None) -> str:
             values = 100 * np.array([by_seed[seed][metric] for seed in sorted(by_seed)])
             cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
             cells.append(difference(by_seed, scores[reference], metric))
-        lines.append(
-            f"| {row} | {describe(by_seed[min(by_seed)]['setting'])} | {' | '.join(cells)} |"
-        )
+        first = by_seed[min(by_seed)]
+        setting = dict(first["setting"])
+        if not any(v for k, v in first.get("ledger", {}).items() if k.startswith("share_proxies/")):
+            setting.pop("optimizer.proxies.learning_rate", None)  # nothing trains the proxies
+        cells.append(describe_shares(list(by_seed.values())))
+        lines.append(f"| {row} | {describe(setting)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def describe_shares(records: list[Record]) -> str:
+    """Each objective's share of the gradient at the embeddings and at the proxies, in per cent."""
+    found = []
+    for place, short in (("embeddings", "X"), ("proxies", "P")):
+        prefix = f"share_{place}/"
+        names = [key for key in records[0].get("ledger", {}) if key.startswith(prefix)]
+        if len(names) < 2:
+            continue
+        means = {key: 100 * np.mean([r["ledger"][key] for r in records]) for key in names}
+        shown = [f"{k.removeprefix(prefix)} {v:.0f}" for k, v in means.items() if 0.5 <= v < 99.5]
+        if shown:
+            found.append(f"{short}: {', '.join(shown)}")
+    return "; ".join(found)
 
 
 def difference(one: dict[int, Record], other: dict[int, Record], metric: str) -> str:
@@ -97,11 +115,14 @@ def describe(setting: dict[str, Any]) -> str:
     """A setting in short: the last part of each key, or the mining margin of objectives."""
     parts = []
     for key, value in setting.items():
+        if key == "optimizer.backbone.learning_rate":  # that of the head, or of both
+            continue
         if key == "objectives":
             parts.append(f"margin {value['pair']['mining_params']['margin']}")
         elif isinstance(value, dict):
             shown = ", ".join(f"{name} {number:.3g}" for name, number in value.items())
             parts.append(f"{key.split('.')[-1]} ({shown})")
         else:
-            parts.append(f"{key.split('.', 1)[-1]} {value}")
+            shown = f"{value:.3g}" if isinstance(value, float) else value
+            parts.append(f"{key.split('.', 1)[-1].replace('learning_rate', 'rate')} {shown}")
     return ", ".join(parts)
