@@ -168,17 +168,9 @@ def _train_together(runs: Sequence[Run], dataset: Dataset) -> dict[Path, str]:
     states = _stacked(starts, trainers[0], mesh)
     varied = _varied(runs)
     with ExitStack() as stack:
-        reporters = []
-        for run in runs:
-            reporter = writer.Reporter(
-                run.workdir,
-                start_step=0,
-                total_steps=total,
-                batch_size=config.data.batch_size,
-                stream=io.StringIO(),  # lines of runs that are side by side would mix
-            )
+        reporters = [_reporter(run, total) for run in runs]
+        for reporter in reporters:
             stack.callback(reporter.close)
-            reporters.append(reporter)
         if config.evaluation.untrained:
             for run, trainer, reporter in zip(runs, trainers, reporters, strict=True):
                 score = make_score(run.config, dataset, trainer, mesh)
@@ -216,6 +208,16 @@ def _make_trainer(config: Config, dataset: Dataset, mesh: Mesh) -> Trainer:
         features=load.feature_size(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
+    )
+
+
+def _reporter(run: Run, total: int) -> writer.Reporter:
+    return writer.Reporter(
+        run.workdir,
+        start_step=0,
+        total_steps=total,
+        batch_size=run.config.data.batch_size,
+        stream=io.StringIO(),  # lines of runs that are side by side would mix
     )
 
 
