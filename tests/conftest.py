@@ -1,9 +1,30 @@
-"""Eight virtual devices for every test, set before jax starts; runs for those that need one."""
+"""Eight virtual devices for every test, set before jax starts; runs for those that need one.
+
+Programs that were compiled once are shared by all processes of a test session, through a folder
+that is removed at its end.
+"""
+
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
 
+_CACHE, _SHORTEST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_OWN_CACHE = _CACHE not in os.environ  # a worker inherits that of its session
+if _OWN_CACHE:
+    os.environ |= {_CACHE: tempfile.mkdtemp(prefix="mmljax-tests-"), _SHORTEST: "0.05"}
+    jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the compiled programs."""
+    if _OWN_CACHE:
+        shutil.rmtree(os.environ[_CACHE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

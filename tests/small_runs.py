@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,14 +75,8 @@ def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment; compiled programs are shared by the runs of a test session."""
-    cache = Path(tempfile.gettempdir()) / f"mmljax-tests-{os.getpid()}"
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **changes,
-    }
+    """This process's environment, with changes."""
+    return {**os.environ, **changes}
 
 
 def run(*arguments: Any, **changes: str) -> subprocess.CompletedProcess[str]:
