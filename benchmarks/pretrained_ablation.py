@@ -37,7 +37,7 @@ from mmljax.training.loop import train
 from mmljax.training.sweep import Run, sweep
 
 SEEDS, TUNING_SEEDS, WHOLE_SEEDS = range(10), (100, 101), range(5)
-STAGES = ("single", "combination", "mining", "batches")
+STAGES = ("single", "combination", "mining", "batches", "changes")
 MEANS: Overrides = {"proxies_init": "class_means"}
 
 SETS: dict[str, Overrides] = {
@@ -242,11 +242,41 @@ def batch_rows(chosen: dict[str, Overrides], scores: dict[str, float]) -> dict[s
     return found
 
 
+def change_rows(chosen: dict[str, Overrides], scores: dict[str, float]) -> dict[str, Row]:
+    """Changes of the method that the ledgers of the first rows suggested."""
+    rows = combination_rows(chosen, scores)
+    strong = [shares(a, b) for a in (0.9, 0.8) for b in (0.3, 0.5)]
+    caps = [{"combination.params.cap": cap} for cap in (10.0, 100.0)]
+    composed = [
+        {
+            "data.composition.rule": rule,
+            "data.composition.share": share,
+            "data.composition.group": 4,
+        }
+        for rule in ("proxy", "either")
+        for share in (0.2, 0.5)
+    ]
+    best = rows["best pair, best proxy, separation"]
+    uncertain = {"combination.name": "uncertainty"}
+    return {
+        "all, share, strong separation": rows["all, share"]._replace(
+            group="changes", settings=tuned(*strong)
+        ),
+        "best three, uncertainty": best._replace(
+            group="changes", base=best.base | uncertain, settings=tuned(*caps)
+        ),
+        "all, uncertainty, batches": _on(
+            rows["all, uncertainty"], chosen["all, uncertainty"], "changes", composed
+        ),
+    }
+
+
 ROWS: dict[str, Callable[[dict[str, Overrides], dict[str, float]], dict[str, Row]]] = {
     "single": lambda chosen, scores: single_rows(),
     "combination": combination_rows,
     "mining": mining_rows,
     "batches": batch_rows,
+    "changes": change_rows,
 }
 
 
