@@ -49,6 +49,8 @@ PYTHON = {  # text of a block: the test that runs it
     "def get_config():": "test_config_of_the_choosing_page",
     "read_runs(": "test_table_of_the_inspect_page",
     "import fiftyone": "test_fiftyone_recipe",
+    "def network(weights, inputs)": "test_program_for_those_from_pytorch_metric_learning",
+    "mmljax.nearest_neighbors(vectors": "test_program_for_those_from_tensorflow_similarity",
 }
 ONLY_RECORDED = {  # how a command begins: why it is not run here
     "python3 -m venv": "it makes an environment of its own",
@@ -187,7 +189,8 @@ def test_commands_run(block, folder, monkeypatch):
 
 def test_every_block_is_run_by_a_test():
     """Those of the tutorial by ``test_the_ten_commands_of_the_tutorial``."""
-    assert {block.language for block in BLOCKS} <= {"bash", "python", "text", ""}
+    others = {"text", "py", ""}  # py: programs of other libraries
+    assert {block.language for block in BLOCKS} <= {"bash", "python", *others}
     tutorial = [x for x in BLOCKS if x.page == "docs/tutorial.md" and x.language == "bash"]
     assert [x.marker for x in tutorial] == ["tutorial"] * 10
     python = [block for block in BLOCKS if block.language == "python"]
@@ -229,6 +232,18 @@ def test_run_of_the_api_page(folder, monkeypatch):
     results = execute("mmljax.train(config")["results"]
     assert results["config"]["objectives"]["pair"]["params"] == {"beta": 20.0}
     assert (folder / "runs" / "mine" / "results.json").stat().st_size
+
+
+def test_program_for_those_from_pytorch_metric_learning(capsys):
+    names = execute("def network(weights, inputs)")
+    assert names["values"][-1] < 0.8 * names["values"][0]
+    assert float(capsys.readouterr().out) > 0.5
+
+
+def test_program_for_those_from_tensorflow_similarity(capsys):
+    names = execute("mmljax.nearest_neighbors(vectors")
+    assert names["results"]["scores"]["recall@1"] > names["results"]["untrained"]["recall@1"] - 0.1
+    np.testing.assert_array_equal(names["index"][:, 0], np.arange(48))
 
 
 def test_config_of_the_choosing_page():
