@@ -36,7 +36,7 @@ from mmljax.runs.writer import read_metrics, read_results
 from mmljax.training.loop import train
 from mmljax.training.sweep import Run, sweep
 
-SEEDS, TUNING_SEEDS, WHOLE_SEEDS = range(10), (100, 101), range(5)
+SEEDS, TUNING_SEEDS = range(10), (100, 101)
 STAGES = ("single", "combination", "mining", "batches", "changes")
 MEANS: Overrides = {"proxies_init": "class_means"}
 
@@ -428,11 +428,13 @@ def finetune(options: argparse.Namespace) -> None:
         **single_rows(),
         **combination_rows(chosen, scores),
         **batch_rows(chosen, scores),
+        **change_rows(chosen, scores),
     }
     pair, proxy = (best_of(scores, proxies=kind) for kind in (False, True))
     composed = max((n for n in rows if n.startswith("all, share, b")), key=scores.__getitem__)
-    names = ["multi_similarity", pair, proxy, "pair + proxy", "all, share", composed]
-    for seed in WHOLE_SEEDS:  # seed by seed, so that an unfinished study is paired too
+    names = [pair, proxy, "multi_similarity", "pair + proxy", "all, share", "all, uncertainty"]
+    names += ["best three, uncertainty", composed]
+    for seed in range(options.seeds):  # seed by seed, so that an unfinished study is paired too
         for name in dict.fromkeys(names):
             setting = {k: v for k, v in chosen[name].items() if not k.startswith("optimizer.")}
             if not whole.missing(name, [setting], [seed], tuning=False):
@@ -440,9 +442,15 @@ def finetune(options: argparse.Namespace) -> None:
             base = {k: v for k, v in rows[name].base.items() if not k.startswith("optimizer.")}
             row = rows[name]._replace(base=base)
             own = SETS[options.set] | WHOLE_SETS[options.set]
-            own = own | {"data.directory": str(options.photographs)}
+            own = own | {
+                "data.directory": str(options.photographs),
+                "data.image_size": options.image_size,
+                "data.resize_size": options.image_size,
+                "duration": f"{options.steps} steps",
+                "evaluation.every": f"{options.steps} steps",
+            }
             config = make_config("finetune", row, setting, own, seed=seed)
-            run = options.out / "runs" / f"{name}-{seed}"
+            run = whole.out / "runs" / f"{name}-{seed}"
             train(config, run)
             whole.add(record_of(name, row, setting, seed, run, tuning=False))
             shutil.rmtree(run)
@@ -461,6 +469,10 @@ def main() -> None:
         if function is heads:
             study.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
             study.add_argument("--rows", nargs="+", help="only these")
+        else:
+            study.add_argument("--image-size", type=int, default=112)
+            study.add_argument("--steps", type=int, default=200)
+            study.add_argument("--seeds", type=int, default=5)
     table = commands.add_parser("table")
     table.add_argument("--out", type=Path, required=True)
     table.add_argument("--reference", help="row to compare with, not the best single objective")
