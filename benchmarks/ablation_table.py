@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +18,10 @@ Record = dict[str, Any]
 
 
 def read(path: Path) -> list[Record]:
-    """Records so far."""
+    """Records so far: of a file, or of ``FILE.gz`` as ``benchmarks/results`` keeps them."""
+    packed = path.with_name(path.name + ".gz")
+    if not path.exists() and packed.exists():
+        return [json.loads(line) for line in gzip.open(packed, "rt")]
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

@@ -12,7 +12,7 @@ MAP@R. The test classes play no part in it. Later rows build on what earlier one
 
 ``finetune`` trains the whole network with the settings that ``heads`` chose, five seeds of the rows
 that matter. It takes hours. Both append to ``results.jsonl`` as results come; an interrupted study
-resumes.
+resumes. ``benchmarks/results`` keeps what docs/ablation.md shows: name a folder of it as ``--out``.
 """
 
 from __future__ import annotations
