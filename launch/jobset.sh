@@ -16,7 +16,11 @@
 #   --mount PATH         where (default /shared)
 #   --gpus G             nvidia.com/gpu of each pod, all used by its one process; or
 #   --tpus T             google.com/tpu of each pod: the chips of a host
-#   --select KEY=VALUE   label that the nodes must have; may be given again
+#   --select KEY=VALUE   label that the nodes must have; may be given again. With those of a TPU slice
+#                        (gke-tpu-accelerator, gke-tpu-topology), mmljax plan runs here first, and
+#                        nothing is created if the run does not fit
+#   --planner PROGRAM    Python here that has mmljax[tpu] (default python)
+#   --no-plan            without mmljax plan
 #   --directory PATH     working directory, the one with configs/ (default /mmljax)
 #   --namespace NAME     default: kubectl's own
 #   --grace SECONDS      time to save, from SIGTERM to SIGKILL (default 300)
@@ -45,6 +49,8 @@ while (($#)); do
       shift 2
       ;;
     --select) needs "$@"; selectors+=("$2"); shift 2 ;;
+    --planner) needs "$@"; planner=$2; shift 2 ;;
+    --no-plan) plan=false; shift ;;
     --directory) needs "$@"; directory=$2; shift 2 ;;
     --namespace) needs "$@"; namespace=("--namespace=$2"); shift 2 ;;
     --grace) needs "$@"; grace=$2; shift 2 ;;
@@ -169,6 +175,18 @@ $(items "$python" -m mmljax.main "$@")
 MANIFEST
 }
 
+chip="" shape="" topology=""
+for selector in "${selectors[@]}"; do
+  case $selector in
+    */gke-tpu-accelerator=tpu-v5-lite-podslice) chip=v5e ;;
+    */gke-tpu-accelerator=tpu-v6e-slice) chip=v6e ;;
+    */gke-tpu-accelerator=tpu-v5p-slice) chip=v5p ;;
+    */gke-tpu-accelerator=tpu-v4-podslice) chip=v4 ;;
+    */gke-tpu-topology=*) shape=${selector#*=} ;;
+  esac
+done
+[[ -z $chip || -z $shape ]] || topology=$chip:$shape
+plan_first "$topology" "$@"
 text=$(manifest "$@")
 create=(kubectl create "${namespace[@]}" --filename=-)
 if $dry_run; then

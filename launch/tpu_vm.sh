@@ -5,7 +5,8 @@
 #
 # Actions, in their usual order:
 #   create    request the TPU VM, which waits in a queue until there is capacity (it costs money from
-#             its creation until it is deleted)
+#             its creation until it is deleted); with the arguments of a run after --, mmljax plan
+#             runs here first, and nothing is requested if the run does not fit
 #   status    describe the request: is the TPU VM active?
 #   install   put this checkout's HEAD and its requirements on all workers; again after a commit
 #   run       start mmljax train with the arguments after -- on all workers, in the background
@@ -22,6 +23,10 @@
 #                              gcloud compute tpus accelerator-types list --zone ZONE
 #   --version VERSION          create: runtime image, such as v2-alpha-tpuv5-lite
 #   --spot                     create: cheaper, may be preempted; create it again to resume
+#   --topology NAME            create, run: plan for it, such as v5p:2x2x1; create knows that of v5e
+#                              and v6e by the type
+#   --planner PROGRAM          Python here that has mmljax[tpu] (default python)
+#   --no-plan                  create, run: without mmljax plan
 #   --worker N                 logs: default 0
 #   --from PATH, --to PATH     fetch: remote (relative to the home directory) and local
 #   --dry-run                  print the commands and run nothing
@@ -31,6 +36,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
 
 name="" zone="" type="" version="" worker=0 from="" to="" direct=false spot=() project=()
+topology=""
 action=${1:-}
 case $action in
   create | status | install | run | logs | stop | kill | fetch | delete) shift ;;
@@ -48,6 +54,9 @@ while (($#)); do
     --worker) needs "$@"; worker=$2; shift 2 ;;
     --from) needs "$@"; from=$2; shift 2 ;;
     --to) needs "$@"; to=$2; shift 2 ;;
+    --topology) needs "$@"; topology=$2; shift 2 ;;
+    --planner) needs "$@"; planner=$2; shift 2 ;;
+    --no-plan) plan=false; shift ;;
     --direct) direct=true; shift ;;
     --spot) spot=(--spot); shift ;;
     --dry-run) dry_run=true; shift ;;
@@ -59,7 +68,8 @@ done
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name must be the TPU VM's name (a-z, 0-9, -), \
 found '$name'"
 [[ -n $zone ]] || fail "--zone is missing: the zone of the TPU VM, such as us-west4-a"
-[[ $action == run ]] || ((!$#)) || fail "only run takes arguments after a --, found '$1'"
+[[ $action == run || $action == create ]] || ((!$#)) || fail "only create and run take arguments \
+after a --, found '$1'"
 
 where=("--zone=$zone" "${project[@]}")
 tpu=(gcloud compute tpus tpu-vm)
@@ -72,6 +82,10 @@ on_workers() { # workers, command
 case $action in
   create)
     [[ -n $type && -n $version ]] || fail "create needs --type and --version; see --help"
+    topology=${topology:-$(topology_of "$type")}
+    [[ -n $topology ]] || ! $plan || ((!$#)) || fail "the topology of --type $type is not known here: \
+give --topology, such as v5p:2x2x1, or --no-plan"
+    plan_first "$topology" "$@"
     if $direct; then
       run "${tpu[@]}" create "$name" "${where[@]}" \
         "--accelerator-type=$type" "--version=$version" "${spot[@]}"
@@ -101,6 +115,7 @@ python3 -m uv pip install --quiet --python .venv/bin/python -e '.[data,plot,tpu]
     ;;
   run)
     (($#)) || fail "nothing to run: give the arguments of mmljax train after a --"
+    plan_first "$topology" "$@"
     on_workers all "set -e; cd mmljax; \
 if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; \
 then echo 'a run is in progress; stop it first' >&2; exit 1; fi; \

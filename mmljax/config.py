@@ -129,6 +129,7 @@ class ModelConfig:
     dropout: DropRate = 0.0  # of the input of the head's layers
     batch_norm: str = "global"  # global (over the whole batch) or frozen (running statistics)
     compute_dtype: str = "bfloat16"  # of the backbone: float32 or bfloat16
+    remat: str = "none"  # activations computed twice to save memory: none, of blocks, or in full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +208,7 @@ class OptimizerConfig:
     freeze_backbone: str = "0 steps"  # duration in which head and proxies train alone
     layer_decay: PositiveShare = 1.0  # of the backbone's rate from each layer to the one below
     ema_decay: Decay = 0.0  # of the moving average of the weights, which is evaluated; 0: none
+    proxies_dtype: str = "float32"  # of stored proxies: float32, bfloat16 (with float32 moments)
     clip_norm: NotNegative = 10.0  # largest norm of each group's gradient; 0 for no clipping
 
 
@@ -241,6 +243,7 @@ class LogConfig:
     wandb: bool = False  # also to Weights & Biases
     mlflow: bool = False  # also to MLflow
     plot: bool = True
+    profile: str = ""  # "steps 20:25" traces steps 20 to 25 into WORKDIR/profile, for xprof
 
 
 def _default_objectives() -> dict[str, Objective]:

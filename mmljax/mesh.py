@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import partial
 from typing import Any
@@ -65,17 +66,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def process_rows(batch_size: int, *, key: str) -> slice:
+def process_rows(batch_size: int, *, key: str, multiple_of: int = 1) -> slice:
     """The rows of a global batch that this process loads.
+
+    Args:
+      batch_size: of the global batch.
+      key: of the config, for the error.
+      multiple_of: what else the batch size must be a multiple of, for the size that it proposes.
 
     Raises:
       UserError: if the batch does not divide over the devices.
     """
     devices = jax.device_count()
     if batch_size % devices:
+        unit = math.lcm(devices, multiple_of)
         raise UserError(
             f"--{key}={batch_size} is not divisible by the {devices} devices; "
-            f"use {max(batch_size // devices, 1) * devices}"
+            f"use {max(batch_size // unit, 1) * unit}"
         )
     share = batch_size // jax.process_count()
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, BFloat16, Bool, Float, PRNGKeyArray
 
 from mmljax.types import Values
 
@@ -21,6 +21,21 @@ from mmljax.types import Values
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
     """The dtype in which features of a dtype are pooled, projected and normalised."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def stochastic_round(x: Float[Array, "*n"], key: PRNGKeyArray) -> BFloat16[Array, "*n"]:
+    """Round to one of the two bfloat16 neighbours, by chance, so that the expectation is ``x``.
+
+    Updates below half a unit in the last place, which rounding to nearest loses every time, are
+    kept on average (Gupta et al. 2015, arXiv 1502.02551, section 3). The draw of an element depends
+    on its place in memory order alone, not on the number of rows after it nor on their devices.
+    Numbers that are not finite are returned as they are.
+    """
+    x = x.astype(jnp.float32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise.astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
 def l2_normalize(x: Float[Array, "*rows d"], *, epsilon: float = 1e-12) -> Float[Array, "*rows d"]:

@@ -138,7 +138,10 @@ def results(workdir: Path) -> dict[str, Any]:
 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
-    """Every array of the last checkpoint, by name, read without the package's own code."""
+    """Every array of the last checkpoint, by name, read without the package's own code.
+
+    The rows of proxies that are padding, which depend on the number of devices, are cut.
+    """
     import jax
     import orbax.checkpoint as ocp
 
@@ -155,4 +158,6 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
         key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         return np.asarray(jax.random.key_data(x) if key else x)
 
-    return {name: plain(x) for name, x in restored.items()}
+    state = {name: plain(x) for name, x in restored.items()}
+    rows = int(np.flatnonzero((state["params.proxies"] != 0).any(axis=1))[-1]) + 1
+    return {name: x[:rows] if "proxies" in name and x.ndim else x for name, x in state.items()}

@@ -87,6 +87,9 @@ DRY_RUNS = {  # by the name of the golden file
     " --version v2-alpha-tpuv5-lite --dry-run",
     "tpu_create_direct": f"tpu_vm.sh create {ON} --type v5litepod-8 --version v2-alpha-tpuv5-lite"
     " --spot --direct --dry-run",
+    "tpu_create_planned": f"tpu_vm.sh create {ON} --type v6e-16 --version v2-alpha-tpuv6e"
+    " --planner 'my env/python' --dry-run -- --config configs/inshop.py --workdir /mnt/run"
+    " --config.model.remat=blocks",
     "tpu_status": f"tpu_vm.sh status {ON} --dry-run",
     "tpu_install": f"tpu_vm.sh install {ON} --dry-run",
     "tpu_run": f"tpu_vm.sh run {ON} --dry-run -- --config configs/inshop.py",
@@ -153,8 +156,12 @@ def test_every_golden_file_is_compared():
         ("tpu_vm.sh delete --zone us-west4-a", "--name"),
         ("tpu_vm.sh delete --name my-tpu", "--zone"),
         ("tpu_vm.sh delete --name --zone us-west4-a", "--name needs a value"),
-        ("tpu_vm.sh delete --name my-tpu --zone us-west4-a -- other", "only run takes"),
+        ("tpu_vm.sh delete --name my-tpu --zone us-west4-a -- other", "only create and run take"),
         ("tpu_vm.sh create --name my-tpu --zone us-west4-a", "--type and --version"),
+        (
+            "tpu_vm.sh create --name a --zone b --type v5p-8 --version c -- --config d",
+            "give --topology, such as v5p:2x2x1",
+        ),
         ("tpu_vm.sh run --name my-tpu --zone us-west4-a", "after a --"),
         ("tpu_vm.sh fetch --name my-tpu --zone us-west4-a --from x", "--from and --to"),
     ],
@@ -428,6 +435,40 @@ def test_jobset_hands_the_manifest_to_kubectl(tmp_path):
     done = launch(*words, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert record.read_text() == dry_run("jobset_hard")
+
+
+CREATE = f"tpu_vm.sh create {ON} --type v5p-8 --topology v5p:2x2x1 --version v"
+LAUNCHES = {  # the tool that would be called: the launch
+    "gcloud": f"{CREATE} -- --config c.py --workdir runs/a --config.seed=3",
+    "kubectl": f"jobset.sh {PODS} --tpus 4 --select cloud.google.com/gke-tpu-topology=2x2x1"
+    " --select cloud.google.com/gke-tpu-accelerator=tpu-v5p-slice -- --workdir a --config c.py"
+    " --config.seed=3",
+}
+
+
+@pytest.mark.parametrize("tool", LAUNCHES)
+def test_a_plan_that_fails_stops_the_launch(tool, tmp_path):
+    record, planned = tmp_path / "record", tmp_path / "planned"
+    recorder(tmp_path / "bin" / tool, record)
+    planner = recorder(tmp_path / "planner", planned)
+    planner.write_text(planner.read_text() + "sys.exit(2 if len(sys.argv) > 8 else 0)\n")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def started(line, *options):
+        script, *words = shlex.split(line)
+        place = words.index("--")
+        words[place:place] = ["--planner", str(planner), *options]
+        return launch(script, *words, PATH=path).returncode
+
+    line = LAUNCHES[tool]
+    assert started(line) == 2
+    assert not record.exists()
+    plan = ["-m", "mmljax", "plan", "--topology", "v5p:2x2x1", "--config", "c.py"]
+    assert [call[0] for call in recorded(planned)] == [[*plan, "--config.seed=3"]]
+    assert started(line, "--no-plan") == 0
+    assert started(line.replace(" --config.seed=3", "")) == 0  # the planner finds that it fits
+    assert len(recorded(record)) == 2
+    assert [call[0] for call in recorded(planned)][1:] == [plan]
 
 
 @pytest.fixture

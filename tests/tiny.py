@@ -94,7 +94,7 @@ def batch(step: int, *, size: int = 32) -> Batch:
 
 def make_objective(rows: Any = None, **options: Any) -> MultiObjective:
     """The objectives of such a run; options are those of :class:`mmljax.MultiObjective`."""
-    defaults = {"memory_start": 3, "multiple_of": 128}
+    defaults = {"memory_start": 3, "multiple_of": 8}
     return MultiObjective(
         objectives() if rows is None else rows,
         classes=CLASSES,
@@ -116,11 +116,12 @@ def make(
     rows: Any = None,
     optimizer: Any = None,
     ema_decay: float = 0.0,
+    proxies_dtype: str = "float32",
     **options: Any,
 ) -> tuple[Any, TrainState, Any, Any]:
     """``(step, state, place, graphdef)`` on that many virtual devices."""
     mesh = make_mesh(jax.devices()[:devices])
-    objective = make_objective(rows, **options)
+    objective = make_objective(rows, **{"multiple_of": devices, **options})
     optimizer = make_optimizer() if optimizer is None else optimizer
     graphdef, network, statistics = nnx.split(
         Network(dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param, ...
@@ -133,6 +134,7 @@ def make(
         seed=3,
         mesh=mesh,
         averaged=ema_decay > 0,
+        proxies_dtype=proxies_dtype,
     )
     step = make_train_step(
         graphdef=graphdef,

@@ -111,7 +111,7 @@ def check_batches(dataset: Dataset, config: Config) -> None:
     if not feature_size(dataset):
         check_sizes(data, processes=jax.process_count())
         check_channels(data, image_channels(dataset))
-    process_rows(data.batch_size, key="config.data.batch_size")
+    process_rows(data.batch_size, key="config.data.batch_size", multiple_of=data.images_per_class)
     process_rows(data.eval_batch_size, key="config.data.eval_batch_size")
     check_batch(
         class_index(dataset.train.labels),

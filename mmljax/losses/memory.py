@@ -1,7 +1,8 @@
 """Cross-batch memory: a ring of past embeddings that serve as further references.
 
 Wang et al. 2020, arXiv 1912.06798. The ring's rows are split over the mesh axis. It holds the last
-``size`` valid-or-padded rows of the batches, for any batch size, also one above ``size``.
+``size`` valid-or-padded rows of the batches, for any batch size, also one above ``size``. Rows
+beyond ``size`` are padding for the devices: they are neither written nor read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mmljax.types import Points
 def init_memory(size: int, dimension: int, *, dtype: Any, multiple_of: int) -> dict[str, Array]:
     """An empty ring of ``size`` slots; empty where ``size`` is 0.
 
-    Rows are padded to a multiple of ``multiple_of``; padded rows are never written.
+    Rows are padded to a multiple of ``multiple_of``.
     """
     if not size:
         return {}
@@ -30,13 +31,13 @@ def init_memory(size: int, dimension: int, *, dtype: Any, multiple_of: int) -> d
     }
 
 
-def append_memory(columns: Points, memory: dict[str, Array], *, active: Array) -> Points:
+def append_memory(columns: Points, memory: dict[str, Array], *, active: Array, size: int) -> Points:
     """The references with those of the gathered memory after them, valid if ``active``."""
     further = Points(
         vectors=memory["vectors"],
         labels=memory["labels"],
         positions=jnp.full_like(memory["labels"], -1),
-        valid=(memory["labels"] >= 0) & active,
+        valid=(memory["labels"] >= 0) & (jnp.arange(len(memory["labels"])) < size) & active,
     )
     return Points(*(jnp.concatenate(pair) for pair in zip(columns, further, strict=True)))
 

@@ -124,8 +124,8 @@ class MultiObjective:
             0 for no memory.
           memory_start: step from which the memory's embeddings are references.
           row_block: rows of similarities held at once; 0 for all.
-          multiple_of: proxies per center and memory slots are padded to a multiple of it, so that
-            they divide over that many devices.
+          multiple_of: classes and memory slots are padded to a multiple of it, so that they divide
+            over that many devices.
           seed: of a combination that draws its weights.
 
         Raises:
@@ -151,11 +151,13 @@ class MultiObjective:
         """Parameters for an optimiser, and the state of step 0.
 
         Proxies start as random directions, ``N(0, 1 / d)`` per component. They are used at unit
-        length, so their stored length only sets how far an update turns them.
+        length, so their stored length only sets how far an update turns them. Those of padding are
+        zero, and stay so.
         """
         multiple = self.multiple_of
-        rows = -(-self.classes // multiple) * multiple * self.centers
-        proxies = jax.random.normal(jax.random.fold_in(key, 0), (rows, self.dimension), dtype)
+        shape, padding = (self.classes * self.centers, self.dimension), -self.classes % multiple
+        proxies = jax.random.normal(jax.random.fold_in(key, 0), shape, dtype)
+        proxies = jnp.pad(proxies, [(0, padding * self.centers), (0, 0)])
         weights, combination = self.combination.init(len(self.objectives))
         memory = init_memory(self.memory_size, self.dimension, dtype=dtype, multiple_of=multiple)
         state = ObjectiveState(
@@ -293,7 +295,7 @@ class MultiObjective:
         if self.memory_size:
             active = state.step >= self.memory_start
             held = {name: axis.gather(state.memory[name]) for name in ("vectors", "labels")}
-            with_memory = append_memory(with_memory, held, active=active)
+            with_memory = append_memory(with_memory, held, active=active, size=self.memory_size)
         key = jax.random.fold_in(state.key, state.step)
         partners = jnp.zeros_like(unit)  # without a miner nothing reads them
         if any(o.miner is not None for o in self.objectives):

@@ -30,6 +30,7 @@ def make_backbone(
     dtype: DTypeLike,
     rngs: nnx.Rngs,
     drop_path: float = 0.0,
+    remat: bool = False,
 ) -> Backbone:
     """Build a backbone by its name, with random parameters.
 
@@ -46,6 +47,7 @@ def make_backbone(
       rngs: for the parameters; the network keeps no random state.
       drop_path: rate at which the last block's branch is dropped in training; that of the others
         is in proportion to their depth.
+      remat: whether the backward pass computes the activations of each block again.
 
     Raises:
       UserError: on an unknown name.
@@ -53,4 +55,6 @@ def make_backbone(
     build = choose(BACKBONES, name, key="config.model.backbone")
     backbone = build(width=width, channels=channels, dtype=dtype, rngs=rngs)
     set_drop_path(backbone.blocks, drop_path)
+    for block in backbone.blocks:
+        block.remat = remat
     return backbone

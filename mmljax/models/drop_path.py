@@ -1,13 +1,16 @@
-"""Stochastic depth: residual branches that are dropped per example in training."""
+"""Base of residual blocks: stochastic depth, which drops branches, and rematerialisation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from mmljax.models.remat import rematerialized
 
 
 class ResidualBlock(nnx.Module):
@@ -15,6 +18,17 @@ class ResidualBlock(nnx.Module):
 
     drop_rate = 0.0
     number = 0  # of the block in its network, from 1
+    remat = False  # whether the backward pass computes its activations again
+
+    def run(
+        self, x: Float[Array, "b *n f"], *, keys: PRNGKeyArray | None, **options: bool
+    ) -> Float[Array, "b *n2 f2"]:
+        """Return the block's output, rematerialised where ``remat`` says so."""
+
+        def apply(block: Any, inputs: Any) -> Array:
+            return block(inputs[0], keys=inputs[1], **options)
+
+        return rematerialized(apply, self, (x, keys)) if self.remat else apply(self, (x, keys))
 
     def drop(
         self, branch: Float[Array, "b *n f"], keys: PRNGKeyArray | None, *, place: int = 0

@@ -162,7 +162,7 @@ class EfficientNetLite(nnx.Module):
         """
         x = nnx.relu6(conv_norm(self.conv_stem, self.bn0, x, train=train))
         for block in self.blocks:
-            x = block(x, train=train, keys=keys)
+            x = block.run(x, train=train, keys=keys)
         return nnx.relu6(conv_norm(self.conv_head, self.bn1, x, train=train))
 
 

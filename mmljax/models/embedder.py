@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,7 @@ from mmljax.errors import UserError
 from mmljax.models.backbones import Backbone, make_backbone
 from mmljax.models.head import Head
 from mmljax.models.pooling import POOLINGS
+from mmljax.models.remat import REMATS, rematerialized
 from mmljax.models.weight_files import PACKAGED_WEIGHTS
 from mmljax.numerics import at_least_float32
 
@@ -39,12 +42,14 @@ class Embedder(nnx.Module):
         frozen_batch_norm: bool,
         pixel_norm: str,
         dtype: DTypeLike,
+        remat: bool = False,
     ) -> None:
         self.backbone = backbone
         self.head = head
         self.frozen_batch_norm = frozen_batch_norm
         self.pixel_norm = pixel_norm
         self.dtype = dtype
+        self.remat = remat  # of the backbone as a whole
 
     def __call__(
         self,
@@ -89,11 +94,19 @@ class Embedder(nnx.Module):
     def _backbone_of(
         self, images: Array, *, train: bool, keys: PRNGKeyArray | None = None
     ) -> Float[Array, "b *n f"]:
-        dtype = at_least_float32(self.dtype)
-        x = normalize_pixels(images, norm=PIXEL_NORMS[self.pixel_norm], dtype=dtype)
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _BACKBONE) if train else None
-        return self.backbone(x, train=train and not self.frozen_batch_norm, keys=keys)
+
+        def apply(backbone: Any, inputs: Any) -> Array:
+            images, keys = inputs
+            dtype = at_least_float32(self.dtype)
+            x = normalize_pixels(images, norm=PIXEL_NORMS[self.pixel_norm], dtype=dtype)
+            return backbone(x, train=train and not self.frozen_batch_norm, keys=keys)
+
+        inputs = (images, keys)
+        if self.remat:
+            return rematerialized(apply, self.backbone, inputs)
+        return apply(self.backbone, inputs)
 
 
 class FeatureEmbedder(nnx.Module):
@@ -121,8 +134,8 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
       rngs: for the parameters.
 
     Raises:
-      UserError: on an unknown backbone, pooling, layer norm, batch norm, pixel norm or compute
-        dtype, a pooling that does not fit the backbone, or a pixel norm that does not fit the
+      UserError: on an unknown backbone, pooling, layer norm, batch norm, pixel norm, compute dtype
+        or remat, a pooling that does not fit the backbone, or a pixel norm that does not fit the
         weights.
     """
     dtype = choose(COMPUTE_DTYPES, config.compute_dtype, key="config.model.compute_dtype")
@@ -132,6 +145,7 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
             "environment variable JAX_ENABLE_X64=1, or use float32"
         )
     frozen = choose(BATCH_NORMS, config.batch_norm, key="config.model.batch_norm")
+    blocks, whole = choose(REMATS, config.remat, key="config.model.remat")
     backbone = make_backbone(
         config.backbone,
         width=config.width,
@@ -139,6 +153,7 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         dtype=dtype,
         rngs=rngs,
         drop_path=config.drop_path,
+        remat=blocks,
     )
     fitting = POOLINGS[backbone.output]
     known = {name for names in POOLINGS.values() for name in names}
@@ -160,6 +175,7 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         frozen_batch_norm=frozen,
         pixel_norm=choose_pixel_norm(config.pixel_norm, pretrained=config.pretrained),
         dtype=dtype,
+        remat=whole,
     )
     kind = at_least_float32(dtype)
     nnx.update(model, jax.tree.map(lambda x: x.astype(kind), nnx.state(model)))

@@ -154,7 +154,7 @@ class ResNet(nnx.Module):
         found = [x]
         for name in self.stages:
             for block in getattr(self, name):
-                x = block(x, train=train, keys=keys)
+                x = block.run(x, train=train, keys=keys)
             found.append(x)
         return found
 

@@ -135,7 +135,7 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([first, x.reshape(b, rows * columns, size)], axis=1)
         x = x + resample_positions(self.pos_embed[...], rows, columns).astype(x.dtype)
         for block in self.blocks:
-            x = block(x, keys=keys)
+            x = block.run(x, keys=keys)
         return self.norm(x)
 
     def _embed_patches(self, x: Array) -> Array:

@@ -105,12 +105,15 @@ class Checkpoints:
                 force=True,
             )
 
-    def restore(self, target: TrainState) -> TrainState | None:
+    def restore(self, target: TrainState, *, rows: TrainState | None = None) -> TrainState | None:
         """The latest checkpoint, laid out as ``target``; None where there is none.
 
         Args:
           target: arrays or ShapeDtypeStructs with the shardings that are wanted, on any number of
             devices.
+          rows: of each array the rows that are not padding, 0 where it has none
+            (:func:`mmljax.training.state.real_rows`). Further rows are cut or filled with zeros, so
+            that padding may have any length. No array has padding if None.
 
         Raises:
           UserError: if it is of another state.
@@ -122,19 +125,20 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
         )
         flat = _without_empty(abstract)
+        real = {} if rows is None else _without_empty(rows)
         shapes = PartialCheckpoint(self.directory, step=step).shapes()
         wrong = [
             f"{name} {shapes.get(name, 'absent')} in place of {leaf.shape}"
             for name, leaf in flat.items()
-            if name not in shapes
-            or (shapes[name] != leaf.shape and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+            if name not in shapes or not _fits(shapes[name], leaf, rows=real.get(name, 0))
         ] + [f"{name} not wanted" for name in shapes.keys() - flat.keys()]
         if wrong:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} is of another network or data set "
                 f"({'; '.join(wrong[:3])}); choose another --workdir"
             )
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(flat))
+        arguments = ocp.args.StandardRestore(flat, strict=False)  # cuts and fills
+        restored = self._manager.restore(step, args=arguments)
         leaves = [restored[key] for key in _keys(target)]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
@@ -278,6 +282,13 @@ def _problem_of(directory: Path, step: int, *, arrays: bool) -> str:
     except (OSError, ValueError) as error:
         return f"its scores: {one_line(error)}"
     return ""
+
+
+def _fits(saved: tuple[int, ...], wanted: Any, *, rows: int) -> bool:
+    """Whether a saved array can be restored as another, of which so many rows are not padding."""
+    if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key) or saved == wanted.shape:
+        return True
+    return 0 < rows <= saved[0] and saved[1:] == wanted.shape[1:]
 
 
 def _keys(state: Any) -> list[str]:

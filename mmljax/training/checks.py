@@ -25,7 +25,6 @@ from mmljax.mesh import make_mesh
 from mmljax.retrieval.checks import check_evaluation
 from mmljax.runs import sessions, writer
 from mmljax.text import one_line, size_text
-from mmljax.training.state import PROXY_MULTIPLE
 from mmljax.training.trainer import Trainer, make_trainer
 from mmljax.types import Dataset, TrainState
 
@@ -96,9 +95,6 @@ def check_devices() -> Finding:
     memory = (first.memory_stats() or {}).get("bytes_limit")
     size = f", {size_text(memory)} each" if memory else ""
     text = f"{len(devices)} x {first.device_kind}{size}"
-    if PROXY_MULTIPLE % len(devices):
-        cure = f"use a power of two of them, up to {PROXY_MULTIPLE}"
-        return Finding("FAIL", "devices", f"{text}: proxies do not divide over these: {cure}")
     for file, (what, extra) in _ACCELERATORS.items():
         if first.platform == "cpu" and os.path.exists(file):
             cure = f"pip install 'mmljax[{extra}]'"

@@ -26,13 +26,14 @@ from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
 from mmljax.runs import writer
 from mmljax.runs.html import write_plot_and_page
 from mmljax.runs.loggers import Logger, make_loggers
+from mmljax.runs.profiler import Profiler, profiled_steps
 from mmljax.runs.recorder import Recorder
 from mmljax.runs.workdir import claimed
 from mmljax.training import checkpoints, neighbors, optim
 from mmljax.training.checks import check_disk
 from mmljax.training.preemption import Preemption
 from mmljax.training.proxies import init_proxies
-from mmljax.training.state import describe_state
+from mmljax.training.state import describe_state, real_rows
 from mmljax.training.trainer import Trainer, make_trainer
 from mmljax.types import Dataset, TrainState
 
@@ -91,13 +92,14 @@ def train(
         mesh=mesh,
         pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else a checkpoint has them
     )
-    state, total = trainer.state, trainer.total_steps
+    total = trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
     refresh_every = neighbors.refresh_every(config, trainer)
     next_batches = neighbors.make_batches(config, dataset, trainer, mesh)
     score = make_score(config, dataset, trainer, mesh)
     protocol = records.evaluation_protocol(dataset, config)
+    profiler = Profiler(workdir / "profile", profiled_steps(config.log.profile, total=total))
 
     with ExitStack() as stack:  # however the run ends, pending saves are finished
         stack.enter_context(claimed(workdir, config, dataset_fingerprint(dataset)))
@@ -111,7 +113,7 @@ def train(
             best_by=f"recall@{min(config.evaluation.recall_at)}",
         )
         stack.callback(saved.close)
-        state, first = _restore(saved, state)
+        state, first = _restore(saved, trainer)
         if first == 0 and (room := check_disk(workdir, state, kept=config.checkpoint)).failed:
             raise UserError(f"disk: {room.text}")
         _describe(config, dataset, state, total=total, first=first)
@@ -136,12 +138,15 @@ def train(
             reporter, trainer.schedules, input_wait_warning=config.log.input_wait_warning
         )
         stack.callback(recorder.close)
+        stack.callback(profiler.close)
         for step in range(first + 1, total + 1):
             if step - 1 == first or _due(step - 1, refresh_every):
                 state, batches = next_batches(state, step - 1)
                 recorder.restart_clock()
-            batch = recorder.next_batch(batches)
-            state, scalars = trainer.step(state, batch)
+            with profiler.step(step):
+                batch = recorder.next_batch(batches)
+                state, scalars = trainer.step(state, batch)
+            profiler.stop_after(step, scalars)
             recorder.add(step, scalars)
             evaluates = step == total or _due(step, evaluate_every)
             stops = preemption.requested(step) and step < total
@@ -213,10 +218,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _restore(saved: checkpoints.Checkpoints, state: TrainState) -> tuple[TrainState, int]:
-    restored = saved.restore(state)
+def _restore(saved: checkpoints.Checkpoints, trainer: Trainer) -> tuple[TrainState, int]:
+    restored = saved.restore(trainer.state, rows=real_rows(trainer.state, trainer.objective))
     if restored is None:
-        return state, 0
+        return trainer.state, 0
     first = int(restored.step)
     _log.info("resuming from step %d of %s", first, saved.directory)
     return restored, first

@@ -121,6 +121,7 @@ def nearest_classes(
       count: classes per class, below the number of classes.
       mesh: over which the search is split.
     """
+    proxies = proxies.astype(np.promote_types(proxies.dtype, np.float32))
     directions = _unit(_unit(proxies).reshape(-1, centers, proxies.shape[-1]).mean(axis=1))
     rows = spread(directions.astype(np.float32), replicated(mesh))
     own = np.arange(len(directions), dtype=np.int32)

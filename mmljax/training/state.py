@@ -14,16 +14,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmljax.config import ModelConfig
-from mmljax.errors import UserError
+from mmljax.config import ModelConfig, choose
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS, spread
 from mmljax.models.embedder import Embedder, FeatureEmbedder, make_embedder
 from mmljax.models.pretrained import load_pretrained
 from mmljax.types import Params, TrainState
 
-PROXY_MULTIPLE = 128
-"""Classes and memory slots are padded to it, so that a checkpoint fits any device count."""
+PROXIES_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # None: as the network's parameters
 
 
 def make_model(
@@ -79,28 +77,28 @@ def make_state(
     mesh: Mesh,
     averaged: bool = False,
     neighbors: Mapping[str, tuple[int, ...]] | None = None,
+    proxies_dtype: str = "float32",
 ) -> TrainState:
     """The state before the first step, laid out over the mesh.
 
     Args:
-      network: parameters; proxies and memory have the dtype of their first leaf.
+      network: parameters; memory, and proxies unless ``proxies_dtype`` says otherwise, have the
+        dtype of their first leaf.
       model_state: BatchNorm statistics.
-      objective: whose proxies, weights and memory are part of the state.
+      objective: whose proxies, weights and memory are part of the state; its ``multiple_of`` is a
+        multiple of the devices.
       optimizer: for ``{"network", "proxies", "weights"}``.
       seed: of the proxies and of all later draws.
       mesh: of one axis.
       averaged: whether the state has a moving average of network and statistics, which starts as
         a copy of them.
       neighbors: shapes of the tables that composed batches follow, filled by the first refresh.
+      proxies_dtype: a key of ``PROXIES_DTYPES``; their optimiser's moments are as for float32.
 
     Raises:
-      UserError: if the proxies do not divide over the devices.
+      UserError: on an unknown dtype.
     """
-    if objective.multiple_of % mesh.devices.size:
-        raise UserError(
-            f"{mesh.devices.size} devices do not divide the proxies, which are padded to a "
-            f"multiple of {objective.multiple_of}; use a power of two up to it"
-        )
+    stored = choose(PROXIES_DTYPES, proxies_dtype, key="config.optimizer.proxies_dtype")
     dtype = jax.tree.leaves(network)[0].dtype
     objective_params, objective_state = objective.init(jax.random.key(seed), dtype=dtype)
     params = {"network": network, **objective_params}
@@ -108,10 +106,11 @@ def make_state(
     if averaged:
         weights = {"network": network, "model_state": model_state}
         average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(weights)
+    optimizer_state = optimizer.init(params)
+    if stored is not None:
+        params["proxies"] = params["proxies"].astype(stored)
     tables = {name: jnp.zeros(shape, jnp.int32) for name, shape in (neighbors or {}).items()}
-    state = TrainState(
-        params, model_state, objective_state, optimizer.init(params), average, tables or ()
-    )
+    state = TrainState(params, model_state, objective_state, optimizer_state, average, tables or ())
     return spread(state, shardings(state, objective, mesh))
 
 
@@ -142,6 +141,23 @@ def shardings(state: TrainState, objective: MultiObjective, mesh: Mesh) -> Train
         lambda spec: NamedSharding(mesh, spec),
         partition_specs(state, objective),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def real_rows(state: TrainState, objective: MultiObjective) -> TrainState:
+    """How many rows of each array are not padding; 0 for an array that is not split by rows.
+
+    Padding follows the number of devices, so it may differ between two sessions of a run.
+    """
+
+    def rows(path: Any, spec: PartitionSpec) -> int:
+        if not len(spec):
+            return 0
+        memory = jax.tree_util.GetAttrKey("memory") in path
+        return objective.memory_size if memory else objective.classes * objective.centers
+
+    return jax.tree_util.tree_map_with_path(
+        rows, partition_specs(state, objective), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
 
 

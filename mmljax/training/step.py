@@ -22,9 +22,11 @@ from mmljax.losses.collectives import Axis
 from mmljax.losses.ledger import Scalars
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS
+from mmljax.numerics import stochastic_round
 from mmljax.types import Batch, ObjectiveState, Params, TrainState
 
-_NETWORK = 2**31  # the stream of the network's keys; the objectives use those of the steps
+# The streams of keys of the network and of rounding; the objectives use those of the steps.
+_NETWORK, _ROUNDING = 2**31, 2**31 + 1
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
 """A jitted step that donates the state it is given."""
@@ -43,6 +45,10 @@ def make_train_step(
 
     With micro batches the network's activations are held for one of them at a time, and the step is
     that of the whole batch: see :func:`_in_micro_batches`.
+
+    Proxies that are stored in bfloat16 have the dtype of the network's parameters within the step,
+    as their gradients and moments have, and are rounded once, at its end:
+    :func:`mmljax.numerics.stochastic_round`.
 
     Args:
       graphdef: of the embedder, from ``nnx.split``.
@@ -89,11 +95,18 @@ def make_train_step(
     )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        stored = state.params["proxies"]
+        wide = jax.tree.leaves(state.params["network"])[0].dtype
+        proxies = stored.astype(jnp.promote_types(stored.dtype, wide))
+        params = state.params | {"proxies": proxies}
         grads, (statistics, objective_state, ledger) = sharded_gradients(
-            state.params, state.model_state, state.objective, batch
+            params, state.model_state, state.objective, batch
         )
-        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        if proxies.dtype != stored.dtype:
+            key = _step_key(state.objective, _ROUNDING)
+            params = params | {"proxies": stochastic_round(params["proxies"], key)}
         for group in ("network", "proxies"):
             ledger[f"gradient_norm/{group}"] = optax.tree.norm(grads[group])
         average = state.average
@@ -133,9 +146,13 @@ def _in_micro_batches(embed: Callable[..., Any], *, count: int) -> Callable[...,
     return embed_parts
 
 
+def _step_key(state: ObjectiveState, stream: int) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.fold_in(state.key, stream), state.step)
+
+
 def _keys(state: ObjectiveState, count: int) -> PRNGKeyArray:
     """A key for each example of this device, from the run's seed, the step and the position."""
-    key = jax.random.fold_in(jax.random.fold_in(state.key, _NETWORK), state.step)
+    key = _step_key(state, _NETWORK)
     positions = Axis(AXIS).index() * count + jnp.arange(count)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 

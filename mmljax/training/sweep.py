@@ -252,6 +252,7 @@ def _vectorised_step(
                 dataclasses.replace(config, seed=varied["seed"]),
                 classes=dataset.classes,
                 memory_start=trainer.objective.memory_start,
+                devices=mesh.size,
             ),
             optimizer=optim.make_optimizer(optimizer, schedules),
             mesh=mesh,

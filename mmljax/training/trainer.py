@@ -15,7 +15,7 @@ from mmljax.data.composition import table_shapes
 from mmljax.errors import UserError
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.training import optim
-from mmljax.training.state import PROXY_MULTIPLE, make_model, make_state
+from mmljax.training.state import make_model, make_state
 from mmljax.training.step import TrainStep, make_train_step
 from mmljax.types import TrainState
 
@@ -34,8 +34,10 @@ class Trainer(NamedTuple):
     in_steps: Callable[..., int]  # (duration, key=config key) -> steps of this run
 
 
-def make_objective(config: Config, *, classes: int, memory_start: int = 0) -> MultiObjective:
-    """The objectives of a config.
+def make_objective(
+    config: Config, *, classes: int, memory_start: int = 0, devices: int = 1
+) -> MultiObjective:
+    """The objectives of a config; classes and memory slots are padded for that many devices.
 
     Raises:
       UserError: on an unknown loss, rule or hyperparameter, or a combination that cannot be.
@@ -51,7 +53,7 @@ def make_objective(config: Config, *, classes: int, memory_start: int = 0) -> Mu
         memory_size=config.memory.size,
         memory_start=memory_start,
         row_block=config.row_block,
-        multiple_of=PROXY_MULTIPLE,
+        multiple_of=devices,
         seed=config.seed,
     )
 
@@ -94,7 +96,9 @@ def make_trainer(
         )
     choose(dict.fromkeys(PROXY_INITS), config.proxies_init, key="config.proxies_init")
     memory_start = in_steps(config.memory.start, key="config.memory.start")
-    objective = make_objective(config, classes=classes, memory_start=memory_start)
+    objective = make_objective(
+        config, classes=classes, memory_start=memory_start, devices=mesh.size
+    )
     schedules = optim.make_schedules(config.optimizer, size)
     graphdef, network, statistics = make_model(
         config.model,
@@ -115,8 +119,9 @@ def make_trainer(
         mesh=mesh,
         averaged=config.optimizer.ema_decay > 0,
         neighbors=table_shapes(config.data, classes=classes, images=train_examples),
+        proxies_dtype=config.optimizer.proxies_dtype,
     )
-    check_micro_batches(config, statistics, devices=mesh.devices.size)
+    check_micro_batches(config, statistics, devices=mesh.size)
     step = make_train_step(
         graphdef=graphdef,
         objective=objective,

@@ -82,13 +82,6 @@ def test_no_device_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "initialize backend 'cuda'" in found.text
 
 
-def test_devices_that_do_not_divide_the_proxies_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [device("gpu")] * 6)
-    found = checks.check_devices()
-    assert found.verdict == "FAIL"
-    assert "power of two" in found.text
-
-
 def test_an_accelerator_that_jax_overlooks_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -265,5 +258,5 @@ def test_a_config_that_can_be_used(config: Config, dataset: Dataset, tmp_path: P
     found, trainer = checks.check_config(config, dataset)
     assert found.verdict == "ok"
     assert isinstance(trainer, Trainer)
-    assert checks.checkpoint_bytes(trainer.state) > 128 * 16 * 4 * 3  # proxies, their moments
+    assert checks.checkpoint_bytes(trainer.state) > 12 * 16 * 4 * 3  # proxies, their moments
     assert checks.check_disk(tmp_path, trainer.state, kept=config.checkpoint).verdict == "ok"

@@ -40,13 +40,14 @@ def make_config(tmp_path: Path, **changes: Any) -> Config:
 def test_run_learns_and_writes_what_it_promises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = make_config(tmp_path, log__plot=True, duration="40 steps")
+    config = make_config(tmp_path, log__plot=True, log__profile="steps 3:5", duration="40 steps")
     result = train.train(config, tmp_path / "run")
     out = capsys.readouterr().out
     assert "Recall@1" in out
     for name in ("checkpoints", "results.json", "contributions.png"):
         assert (tmp_path / "run" / name).exists()
         assert str(tmp_path / "run" / name) in out
+    assert len(list((tmp_path / "run/profile/plugins/profile").glob("*/*.xplane.pb"))) == 1
     assert result["scores"]["recall@1"] > result["untrained"]["recall@1"]
     assert result["config"]["data"]["batch_size"] == 16
     rows = [row for row in small_runs.metrics(tmp_path / "run") if '"train"' in row]
@@ -89,6 +90,7 @@ FINE_TUNING: dict[str, Any] = {
             {
                 "optimizer__ema_decay": 0.9,
                 "optimizer__layer_decay": 0.8,
+                "optimizer__proxies_dtype": "bfloat16",
                 "proxies_init": "class_means",
             },
             marks=pytest.mark.slow,
@@ -98,6 +100,7 @@ FINE_TUNING: dict[str, Any] = {
             {
                 "model__backbone": "efficientnet_lite0",
                 "model__batch_norm": "frozen",
+                "model__remat": "full",
                 "optimizer__ema_decay": 0.9,
             },
             marks=pytest.mark.slow,

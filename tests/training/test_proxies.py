@@ -86,8 +86,8 @@ def test_a_run_starts_from_the_means_on_any_number_of_devices(
     wanted = slow_means(x, np.asarray(dataset.train.labels), centers=2, start=start)
     assert not np.allclose(wanted[0], start[0], atol=0.1)
     for got in found:
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(got[CLASSES * 2 :], start[CLASSES * 2 :])  # padding
+        np.testing.assert_allclose(got[:24], wanted[:24], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(got[24:], 0)  # padding
     assert "starts from random weights, so the means" in caplog.text
     assert "proxies start as class means of 72 training images" in caplog.text
 

@@ -1,0 +1,26 @@
+"""The rows that a process loads."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmljax.errors import UserError
+from mmljax.mesh import process_rows
+
+
+@pytest.mark.parametrize(
+    ("size", "images_per_class", "proposed"),
+    [(100, 3, 96), (100, 1, 96), (5, 1, 8), (20, 12, 24), (180, 5, 160)],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
+    size: int, images_per_class: int, proposed: int
+) -> None:
+    """Over the eight devices of the tests, and over images of a class."""
+    with pytest.raises(UserError) as error:
+        process_rows(size, key="config.data.batch_size", multiple_of=images_per_class)
+    text = f"--config.data.batch_size={size} is not divisible by the 8 devices; use {proposed}"
+    assert str(error.value) == text
+
+
+def test_one_process_loads_all_rows() -> None:
+    assert process_rows(96, key="config.data.batch_size") == slice(0, 96)

@@ -1,0 +1,124 @@
+"""Checkpoints move between numbers of devices: padding is cut or filled, real rows stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from mmljax.errors import UserError
+from mmljax.training.checkpoints import Checkpoints
+from mmljax.training.state import real_rows
+
+REAL = {"proxies": tiny.CLASSES * 2, "memory": 30}  # rows of 2 centers a class, and slots
+
+
+def make(devices: int, **options: Any) -> Any:
+    rows = tiny.objectives(memory=True)
+    kind = {"memory_size": REAL["memory"], "centers": 2, **options}
+    step, state, place, _ = tiny.make(devices, rows=rows, **kind)
+    kind.pop("proxies_dtype", None)
+    objective = tiny.make_objective(rows, **kind)
+    return step, state, place, real_rows(state, objective)
+
+
+def move(folder: Path, state: Any, target: Any, rows: Any) -> Any:
+    """Save a state, and restore it as another."""
+    saved = Checkpoints(folder, keep_last=1, keep_best=0)
+    try:
+        saved.save(state, step=1, metrics=None)
+        saved._manager.wait_until_finished()
+        return saved.restore(target, rows=rows)
+    finally:
+        saved.close()
+
+
+def plain(state: Any) -> dict[str, np.ndarray]:
+    """Every array by name, without padding."""
+    arrays = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        value = np.asarray(jax.random.key_data(x) if "key" in name else x)
+        count = next((n for part, n in REAL.items() if part in name), None)
+        arrays[name] = value[:count] if value.ndim else value
+    return arrays
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    one, other = plain(one), plain(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def trained(devices: int, **options: Any) -> Any:
+    step, state, place, _ = make(devices, **options)
+    for index in range(5):
+        state, _ = step(state, place(tiny.batch(index, size=24 if devices == 3 else 32)))
+    return state
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_real_rows_stay_bit_for_bit_from_eight_devices_to_three_to_one_to_eight(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Proxies, their moments and the memory; the way ends with the next step of a straight run."""
+    start = state = trained(8, proxies_dtype=dtype)
+    assert np.abs(plain(start)[".params['proxies']"]).min(axis=1).all()
+    for devices in (3, 1, 8):
+        step, target, place, rows = make(devices, proxies_dtype=dtype)
+        found = move(tmp_path / str(devices), state, target, rows)
+        assert_equal(found, start)
+        for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(target), strict=True):
+            assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+            assert leaf.sharding == wanted.sharding
+        np.testing.assert_array_equal(found.params["proxies"][REAL["proxies"] :], 0)
+        state = found
+    first, _ = step(start, place(tiny.batch(5)))
+    moved, _ = step(state, place(tiny.batch(5)))
+    assert_equal(moved, first)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_old_checkpoints_with_padding_to_128(devices: int, tmp_path: Path) -> None:
+    """Their padded proxies were random; slots of the memory beyond its size are never read."""
+    old = trained(8, multiple_of=128)
+    proxies, memory = old.params["proxies"], old.objective.memory
+    assert proxies.shape == (256, tiny.SIZE)
+    padding = np.arange(256)[:, None] >= REAL["proxies"]
+    old.params["proxies"] = jax.numpy.where(padding, 0.3, proxies)
+    memory["labels"] = jax.numpy.where(np.arange(128) < 30, memory["labels"], 2)
+    step, target, place, rows = make(devices)
+    found = move(tmp_path, old, target, rows)
+    assert_equal(found, old)
+    size = 24 if devices == 3 else 32
+    batch = place(tiny.batch(5, size=size))
+    clean = target._replace(
+        params={**found.params, "proxies": found.params["proxies"].at[REAL["proxies"] :].set(0)},
+        objective=found.objective._replace(
+            memory={
+                **found.objective.memory,
+                "labels": found.objective.memory["labels"].at[30:].set(-1),
+            }
+        ),
+        model_state=found.model_state,
+        optimizer_state=found.optimizer_state,
+    )
+    clean = jax.tree.map(lambda x, like: jax.device_put(x.copy(), like.sharding), clean, found)
+    assert_equal(step(clean, batch)[0], step(found, batch)[0])
+
+
+def test_fewer_rows_than_classes_and_other_arrays_are_refused(tmp_path: Path) -> None:
+    _, target, _, rows = make(3)
+    _, small, _, _ = tiny.make(3, rows=tiny.objectives(memory=True), memory_size=30, centers=1)
+    with pytest.raises(UserError, match=r"params.proxies \(12, 6\) in place of \(24, 6\)"):
+        move(tmp_path / "proxies", small, target, rows)
+    _, large, _, _ = make(3, memory_size=12)
+    with pytest.raises(UserError, match=r"memory.labels \(12,\) in place of \(30,\)"):
+        move(tmp_path / "memory", large, target, rows)
+    with pytest.raises(UserError, match=r"params.proxies \(24, 6\) in place of \(20, 6\)"):
+        move(tmp_path / "strict", target, make(1)[1], None)
