@@ -8,6 +8,7 @@ True
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -38,6 +39,13 @@ def stochastic_round(x: Float[Array, "*n"], key: PRNGKeyArray) -> BFloat16[Array
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
+def inverse_lengths(
+    x: Float[Array, "*rows d"], *, epsilon: float = 1e-12
+) -> Float[Array, "*rows 1"]:
+    """``1 / |x|`` of each row; ``1 / sqrt(epsilon)`` where the squared length is below epsilon."""
+    return jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), epsilon))
+
+
 def l2_normalize(x: Float[Array, "*rows d"], *, epsilon: float = 1e-12) -> Float[Array, "*rows d"]:
     """Scale each row to unit length; a zero row stays zero, with a finite gradient.
 
@@ -50,10 +58,8 @@ def l2_normalize(x: Float[Array, "*rows d"], *, epsilon: float = 1e-12) -> Float
         is ``1 / sqrt(epsilon)``, is finite in float16 too.
     """
     epsilon = max(epsilon, float(jnp.finfo(x.dtype).tiny) ** 2)
-    half = jnp.finfo(x.dtype).bits < 32
-    wide = x.astype(jnp.float32) if half else x
-    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.maximum(squared, epsilon))).astype(x.dtype)
+    wide = x.astype(at_least_float32(x.dtype))
+    return (wide * inverse_lengths(wide, epsilon=epsilon)).astype(x.dtype)
 
 
 def similarity_matrix(
@@ -105,6 +111,9 @@ def masked_mean(values: Values) -> Float[Array, "*terms"]:
     return total / jnp.maximum(count, 1)
 
 
+_SAFE_EXPONENT = 60.0  # a sum of 1e12 terms e^60 is finite in float32
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _masked_logsumexp(x: Array, mask: Array, add_one: bool) -> Array:
     any_kept = jnp.any(mask, axis=-1)
@@ -128,12 +137,40 @@ def _masked_logsumexp_jvp(add_one: bool, primals: Any, tangents: Any) -> tuple[A
     return value, jnp.sum(softmax * tangents[0], axis=-1)
 
 
+@jax.custom_jvp
+def _bounded_log_one_plus(x: Array, mask: Array) -> Array:
+    return jnp.log1p(jnp.sum(jnp.where(mask, jnp.exp(x), 0), axis=-1))
+
+
+@_bounded_log_one_plus.defjvp
+def _bounded_log_one_plus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The tangent is weighted by the terms of the sum, which are kept from it."""
+    x, mask = primals
+    terms = jnp.where(mask, jnp.exp(x), 0)
+    total = jnp.sum(terms, axis=-1)
+    softmax = terms * (1 / (1 + total))[..., None]
+    return jnp.log1p(total), jnp.sum(softmax * tangents[0], axis=-1)
+
+
 def masked_logsumexp(
-    x: Float[Array, "n m"], mask: Bool[Array, "n m"], *, add_one: bool = False
+    x: Float[Array, "n m"],
+    mask: Bool[Array, "n m"],
+    *,
+    add_one: bool = False,
+    bound: float | Array = math.inf,
 ) -> Float[Array, " n"]:
     """``log(sum over the mask of exp(x))`` per row, with ``+ 1`` inside the log if asked.
 
     It never overflows, and its gradient is finite everywhere. Where a row has no kept entry, the
     value is 0 (the log of 1, or by convention) and so is the gradient.
+
+    Args:
+      x: exponents.
+      mask: the entries that are summed.
+      add_one: whether 1 joins the sum.
+      bound: what no kept exponent exceeds. With ``add_one``, a Python number up to 60 saves the
+        search for each row's largest exponent: the sum cannot overflow, the 1 keeps it from 0.
     """
+    if add_one and isinstance(bound, int | float) and bound <= _SAFE_EXPONENT:
+        return _bounded_log_one_plus(x, mask)
     return _masked_logsumexp(x, mask, add_one)

@@ -83,6 +83,44 @@ def test_masked_logsumexp_neither_overflows_nor_poisons_gradients(add_one: bool)
     np.testing.assert_allclose(gradient, [[1, 0, 0], [0 if add_one else 1, 0, 0], [0, 0, 0]])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bound", [-20.0, 0.5, 60.0])
+def test_masked_logsumexp_with_a_bound_equals_the_loop(bound: float, dtype: str) -> None:
+    """Value and gradient up to the largest bound, and small values keep their digits."""
+    random = np.random.default_rng(0)
+    x, mask = bound - random.exponential(9, (6, 9)), random.random((6, 9)) < 0.4
+    x[0, 0], mask[0, 0], mask[2] = bound, True, False
+    x[3, mask[3].argmin()] = np.inf  # not in the mask
+    tolerance = {"float32": 5e-6, "float64": 1e-12}[dtype]  # float32 rounds an exponent of 60
+    with jax.enable_x64(dtype == "float64"):
+
+        def total(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            value = numerics.masked_logsumexp(x, mask, add_one=True, bound=bound)
+            return jnp.arange(1, 7) @ value, value
+
+        gradient, value = jax.grad(total, has_aux=True)(jnp.asarray(x, dtype))
+    assert value.dtype == dtype
+    for i in range(6):
+        kept = sum(math.exp(x[i, j]) for j in range(9) if mask[i, j])
+        np.testing.assert_allclose(value[i], math.log1p(kept), rtol=tolerance)
+        for j in range(9):
+            weight = math.exp(x[i, j]) / (1 + kept) if mask[i, j] else 0
+            np.testing.assert_allclose(gradient[i, j], (i + 1) * weight, rtol=tolerance)
+
+
+def test_masked_logsumexp_with_a_bound_hides_no_nan() -> None:
+    x, mask = jnp.array([[0.1, jnp.nan], [jnp.nan, 0.2]]), jnp.array([[True, True], [False, True]])
+    value = numerics.masked_logsumexp(x, mask, add_one=True, bound=1)
+    assert np.isnan(value).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("bound", [60.1, 1e4, math.inf])
+def test_masked_logsumexp_does_not_overflow_with_a_large_bound(bound: float) -> None:
+    x = jnp.array([[1e4, -3.0], [-1e4, -2e4]])
+    value = numerics.masked_logsumexp(x, x > -2e4, add_one=True, bound=bound)
+    np.testing.assert_allclose(value, [1e4, 0])
+
+
 def test_masked_mean_is_zero_of_nothing_and_hides_no_nan() -> None:
     value, none = jnp.array([1.0, jnp.nan, 4.0]), jnp.zeros(3, bool)
     assert float(numerics.masked_mean(Values(value, none))) == 0

@@ -47,7 +47,7 @@ from mmljax.losses.relations import (
     nearest_class_proxies,
     objective_sums,
 )
-from mmljax.numerics import l2_normalize, similarity_matrix
+from mmljax.numerics import at_least_float32, inverse_lengths, similarity_matrix
 from mmljax.text import nearest
 from mmljax.types import BoundObjective, Combination, ObjectiveState, PairMasks, Points
 
@@ -245,8 +245,8 @@ class MultiObjective:
         axis: Axis,
     ) -> Any:
         """``((loss, (state, ledger)), gradients)``, gradients for embeddings and params."""
-        unit, embeddings_pullback = jax.vjp(_normalize, embeddings)
-        proxies, proxies_pullback = jax.vjp(_normalize, params["proxies"])
+        unit, embeddings_scale = _normalize(embeddings)
+        proxies, proxies_scale = _normalize(params["proxies"])
         points = self._points(unit, proxies, labels, valid, state, axis)
         found = [self._contribution(k, points, proxies, axis) for k in range(len(self.objectives))]
 
@@ -260,8 +260,10 @@ class MultiObjective:
         factors = weights
         if self.surgery:
             factors = pcgrad_coefficients(gram * weights[:, None] * weights[None, :]) * weights
-        (at_embeddings,) = embeddings_pullback(_weighted_sum(factors, found, SAMPLES, unit))
-        (at_proxies,) = proxies_pullback(_weighted_sum(weights, found, PROXIES, proxies))
+        # The gradients are tangent to the sphere, so the way back through the division by the
+        # length is that division alone.
+        at_embeddings = _weighted_sum(factors, found, SAMPLES, unit) * embeddings_scale
+        at_proxies = _weighted_sum(weights, found, PROXIES, proxies) * proxies_scale
 
         ledger = contributions(
             self.objectives, losses, weights, norms, gram, [one.kept for one in found]
@@ -269,7 +271,10 @@ class MultiObjective:
         batch = points.columns[SAMPLES]
         memory = write_memory(state.memory, batch, axis, size=self.memory_size)
         new = ObjectiveState(state.step + 1, state.key, combination, memory)
-        gradients = (at_embeddings, {"proxies": at_proxies, "weights": weights_gradient})
+        gradients = (
+            at_embeddings.astype(embeddings.dtype),
+            {"proxies": at_proxies.astype(params["proxies"].dtype), "weights": weights_gradient},
+        )
         return (ledger["loss"], (new, ledger)), gradients
 
     def _points(
@@ -445,9 +450,11 @@ def _normalized(shares: Sequence[float]) -> list[float]:
     return [share / total if total else 0.0 for share in shares]
 
 
-def _normalize(x: Array) -> Array:
-    """Unit rows, in float32 at least."""
-    return l2_normalize(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+def _normalize(x: Array) -> tuple[Array, Array]:
+    """Unit rows and the factors that made them so, in float32 at least."""
+    wide = x.astype(at_least_float32(x.dtype))
+    scale = inverse_lengths(wide)
+    return wide * scale, scale
 
 
 def _with_selection(

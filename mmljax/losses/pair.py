@@ -60,9 +60,13 @@ def multi_similarity_loss(
         has 1).
     """
     s = promote(similarity)
-    attraction = masked_logsumexp(-alpha * (s - base), masks.positive, add_one=True) / alpha
-    repulsion = masked_logsumexp(beta * (s - base), masks.negative, add_one=True) / beta
-    return all_valid(attraction + repulsion)
+    attraction = masked_logsumexp(
+        -alpha * (s - base), masks.positive, add_one=True, bound=alpha * (1 + base)
+    )
+    repulsion = masked_logsumexp(
+        beta * (s - base), masks.negative, add_one=True, bound=beta * (1 - base)
+    )
+    return all_valid(attraction / alpha + repulsion / beta)
 
 
 def contrastive_loss(

@@ -55,8 +55,9 @@ def proxy_anchor_loss(
       The two terms, stacked: ``[2, n]``.
     """
     s = promote(similarity)
-    attraction = masked_logsumexp(-alpha * (s - margin), masks.positive, add_one=True)
-    repulsion = masked_logsumexp(alpha * (s + margin), masks.negative, add_one=True)
+    bound = alpha * (1 + margin)
+    attraction = masked_logsumexp(-alpha * (s - margin), masks.positive, add_one=True, bound=bound)
+    repulsion = masked_logsumexp(alpha * (s + margin), masks.negative, add_one=True, bound=bound)
     present = jnp.any(masks.positive, axis=-1)
     return Values(jnp.stack([attraction, repulsion]), jnp.stack([present, jnp.ones_like(present)]))
 

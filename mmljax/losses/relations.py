@@ -131,4 +131,6 @@ def objective_sums(
 
 
 def _count(mask: Bool[Array, "n m"]) -> Float[Array, ""]:
-    return jnp.sum(mask, dtype=jnp.float32)
+    # Counts per column in 16 bits: a float per entry would fill and read four times the mask.
+    narrow = jnp.uint16 if mask.shape[0] < 2**16 else jnp.uint32
+    return jnp.sum(jnp.sum(mask, axis=0, dtype=narrow), dtype=jnp.float32)

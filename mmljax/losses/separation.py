@@ -46,7 +46,10 @@ def nearest_proxy_separation_loss(
         proxies have no gradient.
     """
     s = promote(similarity)
-    return all_valid(masked_logsumexp(gamma * (s - margin), masks.negative, add_one=True) / gamma)
+    repulsion = masked_logsumexp(
+        gamma * (s - margin), masks.negative, add_one=True, bound=gamma * (1 - margin)
+    )
+    return all_valid(repulsion / gamma)
 
 
 def soft_orthogonality_loss(similarity: Float[Array, "n m"], masks: PairMasks) -> Values:

@@ -188,6 +188,31 @@ def test_padded_rows_have_no_effect() -> None:
     assert (new.memory["labels"] >= 0).sum() == 9
 
 
+def test_gradients_at_any_length_equal_those_through_the_normalisation() -> None:
+    """Also of rows that are zero or shorter than the normalisation's epsilon."""
+    with jax.enable_x64(True):
+        embeddings, labels = points(12, 4, seed=2)
+        embeddings *= jnp.asarray([0, 1e-8] + [1] * 10)[:, None]
+        pair = mmljax.Objective("multi_similarity")
+        proxy = mmljax.Objective("proxy_anchor", weight=0.3)
+        objective = mmljax.MultiObjective(
+            {"pair": pair, "proxy": proxy}, classes=4, dimension=6, combination="fixed"
+        )
+        params, state = objective.init(jax.random.key(1), dtype=jnp.float64)
+        proxies = params["proxies"] * jnp.asarray([[3.0], [1e-9], [0.0], [0.2]])
+
+        def ours(x: jax.Array, p: jax.Array) -> jax.Array:
+            return objective(params | {"proxies": p}, state, x, labels)[0]
+
+        def expected(x: jax.Array, p: jax.Array) -> jax.Array:
+            proxy = mmljax.losses.proxy_anchor(x, labels, p)
+            return mmljax.losses.multi_similarity(x, labels) + 0.3 * proxy
+
+        got = jax.grad(ours, (0, 1))(embeddings, proxies)
+        for a, b in zip(got, jax.grad(expected, (0, 1))(embeddings, proxies), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_half_precision_embeddings_are_computed_in_float32() -> None:
     objective = mmljax.MultiObjective(rows(), classes=5, dimension=6)
     params, state = objective.init(jax.random.key(0))
