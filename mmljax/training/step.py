@@ -60,6 +60,47 @@ def make_train_step(
         without batch statistics (:func:`mmljax.training.trainer.check_micro_batches`).
     """
 
+    gradients = _make_gradients(graphdef, objective, mesh=mesh, micro_batches=micro_batches)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        stored = state.params["proxies"]
+        wide = jax.tree.leaves(state.params["network"])[0].dtype
+        proxies = stored.astype(jnp.promote_types(stored.dtype, wide))
+        params = state.params | {"proxies": proxies}
+        grads, (statistics, objective_state, ledger) = gradients(
+            params, state.model_state, state.objective, batch
+        )
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        if proxies.dtype != stored.dtype:
+            key = _step_key(state.objective, _ROUNDING)
+            params = params | {"proxies": stochastic_round(params["proxies"], key)}
+        for group in ("network", "proxies"):
+            ledger[f"gradient_norm/{group}"] = optax.tree.norm(grads[group])
+        average = state.average
+        if average:
+            new = {"network": params["network"], "model_state": statistics}
+            average = move_average(average, new, step=state.step, decay=ema_decay)
+        return state._replace(
+            params=params,
+            model_state=statistics,
+            objective=objective_state,
+            optimizer_state=optimizer_state,
+            average=average,
+        ), ledger
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _make_gradients(
+    graphdef: nnx.GraphDef, objective: MultiObjective, *, mesh: Mesh, micro_batches: int
+) -> Callable[..., Any]:
+    """Forward, objectives and backward pass over the devices.
+
+    A function ``(params, model_state, objective state, batch) -> (gradients, (BatchNorm statistics,
+    objective state, ledger))``.
+    """
+
     def embed(network: Any, model_state: Any, images: Any, keys: Any) -> Any:
         model = nnx.merge(graphdef, network, model_state, copy=True)
         embeddings = model(images, train=True, keys=keys)
@@ -87,41 +128,12 @@ def make_train_step(
     whole, rows = PartitionSpec(), PartitionSpec(AXIS)
     objective_params, objective_state = objective.partition_specs(AXIS)
     params_specs = {"network": whole, **objective_params}
-    sharded_gradients = jax.shard_map(
+    return jax.shard_map(
         gradients,
         mesh=mesh,
         in_specs=(params_specs, whole, objective_state, rows),
         out_specs=(params_specs, (whole, objective_state, whole)),
     )
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
-        stored = state.params["proxies"]
-        wide = jax.tree.leaves(state.params["network"])[0].dtype
-        proxies = stored.astype(jnp.promote_types(stored.dtype, wide))
-        params = state.params | {"proxies": proxies}
-        grads, (statistics, objective_state, ledger) = sharded_gradients(
-            params, state.model_state, state.objective, batch
-        )
-        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        if proxies.dtype != stored.dtype:
-            key = _step_key(state.objective, _ROUNDING)
-            params = params | {"proxies": stochastic_round(params["proxies"], key)}
-        for group in ("network", "proxies"):
-            ledger[f"gradient_norm/{group}"] = optax.tree.norm(grads[group])
-        average = state.average
-        if average:
-            new = {"network": params["network"], "model_state": statistics}
-            average = move_average(average, new, step=state.step, decay=ema_decay)
-        return state._replace(
-            params=params,
-            model_state=statistics,
-            objective=objective_state,
-            optimizer_state=optimizer_state,
-            average=average,
-        ), ledger
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def _in_micro_batches(embed: Callable[..., Any], *, count: int) -> Callable[..., Any]:

@@ -82,18 +82,8 @@ def make_trainer(
     Raises:
       UserError: on a config that cannot be used.
     """
-    size = RunSize(config.data.batch_size, train_examples)
-    total = steps(config.duration, size, key="config.duration")
-    if total < 1:
-        raise UserError(f"--config.duration={config.duration!r} is no step; ask for at least one")
-    size = size._replace(total_steps=total)
+    size = _run_size(config, train_examples)
     in_steps = partial(steps, size=size)
-    warmup = in_steps(config.optimizer.warmup, key="config.optimizer.warmup")
-    if warmup > total:
-        raise UserError(
-            f"--config.optimizer.warmup={config.optimizer.warmup!r} is {warmup} steps, beyond the "
-            f"run's {total}; shorten it, or lengthen --config.duration"
-        )
     choose(dict.fromkeys(PROXY_INITS), config.proxies_init, key="config.proxies_init")
     memory_start = in_steps(config.memory.start, key="config.memory.start")
     objective = make_objective(
@@ -130,7 +120,25 @@ def make_trainer(
         ema_decay=config.optimizer.ema_decay,
         micro_batches=config.data.micro_batches,
     )
-    return Trainer(graphdef, objective, state, step, schedules, total, in_steps)
+    return Trainer(
+        graphdef, objective, state, step, schedules, int(size.total_steps or 0), in_steps
+    )
+
+
+def _run_size(config: Config, train_examples: int) -> RunSize:
+    """What durations are measured in, with the run's own number of steps."""
+    size = RunSize(config.data.batch_size, train_examples)
+    total = steps(config.duration, size, key="config.duration")
+    if total < 1:
+        raise UserError(f"--config.duration={config.duration!r} is no step; ask for at least one")
+    size = size._replace(total_steps=total)
+    warmup = steps(config.optimizer.warmup, size, key="config.optimizer.warmup")
+    if warmup > total:
+        raise UserError(
+            f"--config.optimizer.warmup={config.optimizer.warmup!r} is {warmup} steps, beyond the "
+            f"run's {total}; shorten it, or lengthen --config.duration"
+        )
+    return size
 
 
 def check_micro_batches(config: Config, statistics: Mapping[str, Any], *, devices: int) -> None:
