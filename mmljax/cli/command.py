@@ -9,7 +9,7 @@ exit code  meaning
 =========  ===============================================================
 0          success
 1          an exported network does not pass its check
-2          wrong arguments, config or files; a failed check of ``doctor``
+2          wrong arguments, config or files; a failed check of ``doctor``; a plan that does not fit
 75         training received SIGTERM and has saved a checkpoint
 130        interrupted (Ctrl-C); training has saved a checkpoint
 =========  ===============================================================
@@ -33,7 +33,7 @@ from mmljax.errors import Preempted, UserError
 from mmljax.text import nearest, one_line, printable
 
 VERBS = (
-    *("train", "doctor", "features", "sweep", "interpolate", "embed", "search", "export"),
+    *("train", "doctor", "plan", "features", "sweep", "interpolate", "embed", "search", "export"),
     *("compare", "page", "atlas", "prepare"),
 )
 

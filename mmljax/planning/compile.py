@@ -1,0 +1,232 @@
+"""The programs of a run, compiled from shapes alone: no array is made and no data is read."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmljax.config import Config
+from mmljax.files import write_atomically
+from mmljax.mesh import AXIS, replicated, rows_sharding
+from mmljax.planning.counts import Counts
+from mmljax.planning.operations import Operations, operations
+from mmljax.planning.program import Memory, read_memory
+from mmljax.retrieval.evaluate import NEIGHBORS, make_embed
+from mmljax.retrieval.search import neighbors_and_ranks
+from mmljax.text import one_line
+from mmljax.training.state import shardings
+from mmljax.training.trainer import Trainer, make_trainer
+from mmljax.types import Batch, TrainState
+
+_log = logging.getLogger(__name__)
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)")
+
+
+class DoesNotFit(Exception):
+    """A program needs more memory than a device has; in bytes, 0 where they are not known."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(f"{needed} bytes of {available}")
+        self.needed, self.available = needed, available
+
+
+class Abstract(NamedTuple):
+    """A run on a mesh as shapes with shardings."""
+
+    trainer: Trainer
+    state: TrainState
+    mesh: Mesh
+
+
+def abstract_run(config: Config, counts: Counts, mesh: Mesh) -> Abstract:
+    """A run's state and step on a mesh, whose devices need not be present.
+
+    Raises:
+      UserError: on a config that cannot be used.
+    """
+    found: list[Trainer] = []
+
+    def state() -> TrainState:
+        found.append(
+            make_trainer(
+                config,
+                classes=counts.classes,
+                channels=counts.channels,
+                train_examples=counts.images,
+                mesh=mesh,
+                pretrained=False,
+            )
+        )
+        return found[0].state
+
+    shapes = jax.eval_shape(state)
+    (trainer,) = found
+    spread = shardings(shapes, trainer.objective, mesh)
+    return Abstract(trainer, jax.tree.map(_struct, shapes, spread), mesh)
+
+
+def _struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def batch_shapes(config: Config, mesh: Mesh, *, channels: int) -> Batch:
+    """A training batch as shapes."""
+    size, side = config.data.batch_size, config.data.image_size
+    rows = rows_sharding(mesh)
+    return Batch(
+        jax.ShapeDtypeStruct((size, side, side, channels), np.uint8, sharding=rows),
+        jax.ShapeDtypeStruct((size,), np.int32, sharding=rows),
+        jax.ShapeDtypeStruct((size,), np.bool_, sharding=rows),
+    )
+
+
+def lower_step(run: Abstract, config: Config, *, channels: int) -> Any:
+    """The training step, ready to compile."""
+    return run.trainer.step.lower(run.state, batch_shapes(config, run.mesh, channels=channels))
+
+
+def lower_embedding(run: Abstract, config: Config, *, channels: int) -> Any:
+    """The embedding of one evaluation batch, ready to compile."""
+    devices = run.mesh.devices.size
+    size, side = -(-config.data.eval_batch_size // devices) * devices, config.data.image_size
+    images = jax.ShapeDtypeStruct(
+        (size, side, side, channels), np.uint8, sharding=rows_sharding(run.mesh)
+    )
+    return make_embed(run.trainer.graphdef).lower(*run.state.evaluated, images)
+
+
+def lower_search(config: Config, counts: Counts, mesh: Mesh) -> Any:
+    """The search of all queries in the gallery, ready to compile."""
+    whole, size = replicated(mesh), config.model.embedding_size
+
+    def embeddings(count: int) -> tuple[Any, Any]:
+        return (
+            jax.ShapeDtypeStruct((count, size), np.float32, sharding=whole),
+            jax.ShapeDtypeStruct((count,), np.int32, sharding=whole),
+        )
+
+    (queries, query_labels) = embeddings(counts.queries)
+    (gallery, gallery_labels) = embeddings(counts.gallery or counts.queries)
+    own = None if counts.gallery else query_labels
+    search = partial(
+        neighbors_and_ranks,
+        k=min(max(*config.evaluation.recall_at, NEIGHBORS) + 1, gallery.shape[0] - 1),
+        mesh=mesh,
+        chunk=config.evaluation.gallery_chunk,
+    )
+    return jax.jit(lambda *x, own: search(*x, self_index=own)).lower(
+        queries, gallery, query_labels, gallery_labels, own=own
+    )
+
+
+def count_step(run: Abstract, config: Config, *, channels: int) -> dict[str, Operations]:
+    """Operations of one device in a step: of the network and of the objectives."""
+    platform = run.mesh.devices.flat[0].platform
+    batch = batch_shapes(config, run.mesh, channels=channels)
+    whole = operations(run.trainer.step, run.state, batch, platform=platform)
+    objective = run.trainer.objective
+    params, state = objective.partition_specs(AXIS)
+    rows = jax.sharding.PartitionSpec(AXIS)
+    gradients = jax.shard_map(
+        jax.grad(partial(objective, axis_name=AXIS), (0, 2), has_aux=True),
+        mesh=run.mesh,
+        in_specs=(params, state, rows, rows),
+        out_specs=((params, rows), (state, jax.sharding.PartitionSpec())),
+    )
+    own = {name: run.state.params[name] for name in ("proxies", "weights")}
+    embeddings = jax.ShapeDtypeStruct((len(batch.labels), objective.dimension), np.float32)
+    mine = operations(
+        gradients, own, run.state.objective, embeddings, batch.labels, platform=platform
+    )
+    return {"network": whole - mine, "objectives": mine}
+
+
+class Compiled(NamedTuple):
+    """What is read of a compiled program."""
+
+    memory: Memory
+    text: str
+
+
+def compile_program(lowered: Any, *, name: str, cache: Path | None = None) -> Compiled:
+    """Compile a program, or read what an earlier call has found; progress is logged.
+
+    JAX's own compilation cache cannot be read without the hardware, so this one keeps texts.
+
+    Args:
+      lowered: of ``jax.jit(...).lower(...)``.
+      name: of target and program, for the log and the cache.
+      cache: folder of earlier results; None for none.
+
+    Raises:
+      DoesNotFit: if the compiler finds that it needs more memory than the device has.
+    """
+    path = None if cache is None else cache / f"{_digest(lowered, name)}.json.gz"
+    facts = None if path is None else _read_facts(path)
+    if facts is None:
+        _log.info("%s: compiling ...", name)
+        begin = time.monotonic()
+        facts = _compiled_facts(lowered)
+        _log.info("%s: compiled in %.0f s", name, time.monotonic() - begin)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, gzip.compress(json.dumps(facts).encode(), mtime=0))
+    else:
+        _log.info("%s: compiled before (%s)", name, path)
+    if facts["needed"]:
+        raise DoesNotFit(*facts["needed"])
+    return Compiled(Memory(*facts["memory"]), facts["text"])
+
+
+def _digest(lowered: Any, name: str) -> str:
+    versions = [importlib.metadata.version("jaxlib")]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions.append(importlib.metadata.version("libtpu"))
+    text = "\n".join([name.partition(": ")[0], *versions, lowered.as_text()])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read_facts(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError, zlib.error):  # absent or damaged
+        return None
+
+
+def _compiled_facts(lowered: Any) -> dict[str, Any]:
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"memory": (), "text": "", "needed": needed_and_available(str(error))}
+    return {"memory": read_memory(program), "text": program.as_text(), "needed": ()}
+
+
+def needed_and_available(message: str) -> tuple[int, int]:
+    """Bytes that libtpu's "Used 30.48G of 15.75G hbm" states; 0 and 0 where it states none."""
+    match = _USED.search(message)
+    if not match:
+        _log.warning("the compiler: %s", one_line(ValueError(message)))
+        return 0, 0
+    needed, available = (
+        int(float(number) * _UNITS[unit])
+        for number, unit in ((match[1], match[2]), (match[3], match[4]))
+    )
+    return needed, available

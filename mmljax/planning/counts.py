@@ -1,0 +1,83 @@
+"""Numbers of classes and images of a run, from flags, its data or its benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mmljax.config import Config
+from mmljax.data import load
+from mmljax.errors import UserError
+
+
+class Counts(NamedTuple):
+    """Sizes of a data set; the search is planned only where they are known."""
+
+    classes: int  # of the training split
+    images: int  # of the training split
+    queries: int = 0  # 0: unknown
+    gallery: int = 0  # 0: the queries are searched among themselves
+    channels: int = 3
+
+
+_IN_SHOP = Counts(3_997, 25_882, 14_218, 12_612)
+
+PUBLISHED: Mapping[str, Counts] = dict.fromkeys(
+    ("in_shop", "in_shop_high", "tfds_in_shop", "tfds_in_shop_high", "tfds_in_shop_cropped"),
+    _IN_SHOP,
+)
+"""Of In-Shop Clothes Retrieval (Liu et al., DeepFashion, CVPR 2016), for when it is not here."""
+
+
+def count(
+    config: Config, *, classes: int = 0, images: int = 0, queries: int = 0, gallery: int = 0
+) -> Counts:
+    """The numbers that flags state, and otherwise those of the config's source.
+
+    Args:
+      config: of the run.
+      classes: of the training split; 0 where no flag states it. So are the others.
+      images: of the training split.
+      queries: of the test split.
+      gallery: of the test split.
+
+    Raises:
+      UserError: if neither flags nor the source tell classes and images.
+    """
+    found = Counts(classes, images) if classes and images else _of_source(config)
+    return found._replace(
+        classes=classes or found.classes,
+        images=images or found.images,
+        queries=queries or found.queries,
+        gallery=gallery or found.gallery,
+    )
+
+
+def _of_source(config: Config) -> Counts:
+    data = config.data
+    if data.source == load.FEATURES:
+        raise UserError("--config.data.source=features trains a head alone; plan a run on images")
+    if data.source == "synthetic":
+        items, half = data.synthetic, data.synthetic.views // 2  # even views are queries
+        return Counts(
+            items.train_items,
+            items.train_items * items.views,
+            items.test_items * (items.views - half),
+            items.test_items * half,
+        )
+    try:
+        dataset = load.load_dataset(config, create=False)
+    except (UserError, ImportError, OSError) as error:
+        if data.source in PUBLISHED:
+            return PUBLISHED[data.source]
+        raise UserError(
+            f"--config.data.source={data.source}: its classes and images cannot be counted "
+            f"({error}); state them: --classes N --images N"
+        ) from error
+    return Counts(
+        dataset.classes,
+        len(dataset.train.labels),
+        len(dataset.query.labels),
+        len(dataset.gallery.labels) if dataset.gallery else 0,
+        load.image_channels(dataset),
+    )

@@ -1,0 +1,242 @@
+"""What a run needs on some devices: memory, communication, arithmetic, bounds of its time."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmljax.config import Config
+from mmljax.errors import UserError
+from mmljax.mesh import make_mesh
+from mmljax.planning import compile as programs
+from mmljax.planning.chips import Target
+from mmljax.planning.compile import Compiled, DoesNotFit
+from mmljax.planning.counts import Counts
+from mmljax.planning.operations import Operations
+from mmljax.planning.program import (
+    Buffer,
+    Memory,
+    Traffic,
+    argument_bytes,
+    collectives,
+    largest_buffers,
+    sent_bytes,
+)
+from mmljax.text import size_text
+from mmljax.training.state import state_bytes
+
+_log = logging.getLogger(__name__)
+
+STEP, EMBEDDING, SEARCH = "training step", "embedding", "search"
+BUFFERS = 20
+
+
+class TooLarge(UserError):
+    """A program that does not fit, with its bytes on one device; 0 where they are not known."""
+
+    def __init__(self, message: str, *, program: str, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.program, self.needed, self.available = program, needed, available
+
+
+class Bounds(NamedTuple):
+    """Seconds below which no step of this program can be on the chip, by what limits it."""
+
+    arithmetic: float  # operations in bfloat16 passes, at the peak rate
+    memory: float  # state read and written, batch read, work written and read, once each
+    links: float  # bytes that collectives must send, over all links of the chip
+
+
+class Plan(NamedTuple):
+    """The plan of a run on one target. Bytes and operations are those of one device."""
+
+    target: str
+    devices: int
+    available: int  # bytes of memory
+    batch_size: int  # global
+    steps: int  # of the run
+    counts: Counts
+    state: Mapping[str, int]  # bytes by group
+    batch: int  # bytes
+    padding: int  # bytes by which tiles round the arguments of the training step up
+    memory: Mapping[str, Memory]  # by program
+    traffic: Mapping[str, Traffic]  # of the training step, by kind of collective
+    operations: Mapping[str, Operations]  # of the training step
+    bounds: Bounds | None  # None where the chip's figures are not known
+    buffers: Sequence[Buffer]  # the largest of the training step
+
+
+def fitting_config(config: Config, *, devices: int) -> Config:
+    """The config with the next batch size that the devices and the images per class divide."""
+    unit = batch_unit(config, devices=devices)
+    size = -(-config.data.batch_size // unit) * unit
+    if size != config.data.batch_size:
+        _log.warning(
+            "--config.data.batch_size=%d does not divide over %d devices; this plans %d",
+            *(config.data.batch_size, devices, size),
+        )
+    return with_batch_size(config, size)
+
+
+def batch_unit(config: Config, *, devices: int) -> int:
+    """Batch sizes are multiples of it: whole classes on each device, in each micro batch."""
+    return config.data.images_per_class * devices * config.data.micro_batches
+
+
+def with_batch_size(config: Config, size: int) -> Config:
+    """The config with another training batch size."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
+
+
+def make_plan(config: Config, counts: Counts, target: Target, *, cache: Path | None = None) -> Plan:
+    """Compile the programs of a run for a target, and read them.
+
+    Args:
+      config: of the run; its batch size divides over the devices.
+      counts: of its data set.
+      target: devices, present or not.
+      cache: folder of compiled programs' facts; None for none.
+
+    Raises:
+      TooLarge: if a program does not fit, with needed and available bytes.
+      UserError: on a config that cannot be used.
+    """
+    mesh = make_mesh(target.devices)
+    run = programs.abstract_run(config, counts, mesh)
+    lowered: dict[str, Callable[[], Any]] = {
+        STEP: lambda: programs.lower_step(run, config, channels=counts.channels),
+        EMBEDDING: lambda: programs.lower_embedding(run, config, channels=counts.channels),
+    }
+    if counts.queries:
+        lowered[SEARCH] = lambda: programs.lower_search(config, counts, mesh)
+    compiled: dict[str, Compiled] = {}
+    for name, lower in lowered.items():
+        try:
+            compiled[name] = programs.compile_program(
+                lower(), name=f"{target.name}: {name}", cache=cache
+            )
+            check_fits(compiled[name], target)
+        except DoesNotFit as error:
+            raise _refused(name, target, config, error) from error
+    text = compiled[STEP].text
+    memory = {name: one.memory for name, one in compiled.items()}
+    traffic = collectives(text)
+    operations = programs.count_step(run, config, channels=counts.channels)
+    devices = mesh.devices.size
+    side = config.data.image_size
+    return Plan(
+        target=target.name,
+        devices=devices,
+        available=target.memory,
+        batch_size=config.data.batch_size,
+        steps=run.trainer.total_steps,
+        counts=counts,
+        state={name: size for name, size in state_bytes(run.state).items() if size},
+        batch=config.data.batch_size // devices * (side * side * counts.channels + 5),
+        padding=memory[STEP].arguments - argument_bytes(text),
+        memory=memory,
+        traffic=traffic,
+        operations=operations,
+        bounds=_bounds(target, memory[STEP], traffic, operations, devices=devices),
+        buffers=largest_buffers(text, count=BUFFERS),
+    )
+
+
+def check_fits(compiled: Compiled, target: Target) -> None:
+    """Refuse a program that its compiler accepts, but whose devices are smaller.
+
+    Raises:
+      DoesNotFit: with both figures.
+    """
+    if target.memory and compiled.memory.total > target.memory:
+        raise DoesNotFit(compiled.memory.total, target.memory)
+
+
+def _refused(name: str, target: Target, config: Config, error: DoesNotFit) -> TooLarge:
+    data = config.data
+    return TooLarge(
+        f"the {name} does not fit {target.name}: it needs {size_text(error.needed)} on each "
+        f"device, and {size_text(error.available)} are available; lower "
+        f"--config.data.batch_size={data.batch_size} (--find-batch-size finds the largest), raise "
+        f"--config.data.micro_batches={data.micro_batches}, or name a larger topology",
+        program=name,
+        needed=error.needed,
+        available=error.available,
+    )
+
+
+def _bounds(
+    target: Target,
+    memory: Memory,
+    traffic: Mapping[str, Traffic],
+    operations: Mapping[str, Operations],
+    *,
+    devices: int,
+) -> Bounds | None:
+    if target.chip is None:
+        return None
+    moved = memory.arguments + memory.outputs + 2 * memory.work
+    sent = sum(sent_bytes(kind, one.bytes, devices=devices) for kind, one in traffic.items())
+    return Bounds(
+        sum(one.passes for one in operations.values()) / target.chip.flops,
+        moved / target.chip.hbm_bandwidth,
+        sent / target.chip.ici_bandwidth,
+    )
+
+
+def largest_fitting(
+    fits: Callable[[int], bool], *, start: int, unit: int, tolerance: float = 1 / 32
+) -> int:
+    """The largest multiple of ``unit`` that fits, to within the tolerance; 0 if none does.
+
+    Doubles from ``start`` until one does not fit, then bisects.
+
+    Args:
+      fits: whether a size fits; slow.
+      start: a multiple of ``unit``.
+      unit: of the sizes.
+      tolerance: the search ends when the smallest size that does not fit is at most this share
+        above the largest that does, or one unit.
+    """
+    low, high = 0, start
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(unit, int(tolerance * low)):
+        middle = (low + high) // 2 // unit * unit
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def find_batch_size(
+    config: Config, counts: Counts, target: Target, *, cache: Path | None = None
+) -> int:
+    """The largest global batch size whose training step fits, to within 1/32.
+
+    Raises:
+      TooLarge: if not even one class per device fits.
+    """
+    mesh = make_mesh(target.devices)
+    unit = batch_unit(config, devices=mesh.devices.size)
+    last: list[DoesNotFit] = []
+
+    def fits(size: int) -> bool:
+        if size > counts.classes * config.data.images_per_class:
+            return False  # the sampler has no more classes for a batch
+        candidate = with_batch_size(config, size)
+        run = programs.abstract_run(candidate, counts, mesh)
+        lowered = programs.lower_step(run, candidate, channels=counts.channels)
+        name = f"{target.name}: {STEP}, batch {size}"
+        try:
+            check_fits(programs.compile_program(lowered, name=name, cache=cache), target)
+        except DoesNotFit as error:
+            last.append(error)
+            return False
+        return True
+
+    size = largest_fitting(fits, start=config.data.batch_size, unit=unit)
+    if not size:
+        raise _refused(STEP, target, with_batch_size(config, unit), last[-1])
+    return size

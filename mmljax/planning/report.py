@@ -1,0 +1,160 @@
+"""Plans as text and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmljax.planning.chips import Target
+from mmljax.planning.plan import Bounds, Plan, TooLarge
+from mmljax.text import size_text, text_table
+
+_GROUPS = {  # of state_bytes: row of the table
+    "network": "parameters of the network",
+    "optimizer of the rest": "their optimiser",
+    "proxies": "proxies",
+    "optimizer of proxies": "their optimiser",
+    "statistics": "BatchNorm's statistics",
+    "average": "average of the weights",
+    "memory": "cross-batch memory",
+}
+
+
+def plan_text(plan: Plan, *, buffers: int = 0, price: float = 0.0) -> str:
+    """A plan as aligned tables.
+
+    Args:
+      plan: of one target.
+      buffers: how many of the largest buffers to list.
+      price: of one chip for an hour, in any currency; 0 for none.
+    """
+    blocks = [_title(plan), _memory(plan), _traffic(plan), _times(plan)]
+    if plan.bounds:
+        blocks.append(_run(plan, plan.bounds, price=price))
+    if buffers:
+        blocks.append(_buffers(plan, buffers))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _title(plan: Plan) -> str:
+    known = plan.counts
+    test = f", {known.queries:,} queries" if known.queries else ""
+    test += f", {known.gallery:,} gallery images" if known.gallery else ""
+    return (
+        f"{plan.target}: {plan.devices} devices of {size_text(plan.available)}, batch "
+        f"{plan.batch_size}, {known.classes:,} classes, {known.images:,} images{test}"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    """State and batch of the training step, then every program's parts and total."""
+    names = list(plan.memory)
+    blank = [""] * (len(names) - 1)
+    rows = [["MiB per device", *names]]
+    rows += [
+        [label, _mib(plan.state[group]), *blank]
+        for group, label in _GROUPS.items()
+        if group in plan.state
+    ]
+    rows.append(["batch", _mib(plan.batch), *blank])
+    rows.append(["padding of tiles", _mib(plan.padding), *blank])
+    parts = {
+        "arguments": [one.arguments for one in plan.memory.values()],
+        "results beside them": [one.outputs - one.aliased for one in plan.memory.values()],
+        "activations and work": [one.work for one in plan.memory.values()],
+        "program": [one.code for one in plan.memory.values()],
+        "total": [one.total for one in plan.memory.values()],
+    }
+    rows += [[name, *map(_gib, sizes)] for name, sizes in parts.items()]
+    rows.append([f"fits {_mib(plan.available)}", *("yes" for _ in names)])
+    return text_table(rows)
+
+
+def _traffic(plan: Plan) -> str:
+    if not plan.traffic:
+        return ""
+    rows = [["collectives of a step", "count", "MiB", "of these asynchronous"]]
+    rows += [
+        [kind, str(one.count), _mib(one.bytes), _mib(one.asynchronous)]
+        for kind, one in sorted(plan.traffic.items())
+    ]
+    return text_table(rows)
+
+
+def _times(plan: Plan) -> str:
+    rows = [["operations of a step and device", "T", "T of bfloat16 passes"]]
+    rows += [
+        [name, f"{one.count / 1e12:.3f}", f"{one.passes / 1e12:.3f}"]
+        for name, one in plan.operations.items()
+    ]
+    text = text_table(rows)
+    if plan.bounds is None:
+        return text
+    limits = [["lower bounds of a step's time", "ms"]]
+    limits += [
+        [name, f"{1e3 * seconds:.3f}"]
+        for name, seconds in zip(
+            ("arithmetic at peak rate", "main memory", "links between chips"),
+            plan.bounds,
+            strict=True,
+        )
+    ]
+    return f"{text}\n\n{text_table(limits)}"
+
+
+def _run(plan: Plan, bounds: Bounds, *, price: float) -> str:
+    hours = plan.steps * max(bounds) / 3600
+    text = f"{plan.steps} steps: at least {hours * 60:.1f} min"
+    if price:
+        text += (
+            f" and {hours * plan.devices * price:.2f} ({plan.devices} chips, {price:g} an hour "
+            "each), without evaluation, input wait and start"
+        )
+    return text
+
+
+def _buffers(plan: Plan, count: int) -> str:
+    rows = [["largest buffers of the training step", "MiB", "number", "made by"]]
+    rows += [
+        [one.shape, _mib(one.bytes), str(one.count), f"{one.kind} {one.origin[-70:]}".strip()]
+        for one in plan.buffers[:count]
+    ]
+    return text_table(rows, left=(0, 3))
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON; the numbers of the tables in bytes, operations and seconds."""
+    return {
+        "target": plan.target,
+        "fits": True,
+        "devices": plan.devices,
+        "available": plan.available,
+        "batch_size": plan.batch_size,
+        "steps": plan.steps,
+        "counts": plan.counts._asdict(),
+        "state": dict(plan.state),
+        "batch": plan.batch,
+        "padding": plan.padding,
+        "programs": {
+            name: {**one._asdict(), "total": one.total} for name, one in plan.memory.items()
+        },
+        "collectives": {kind: one._asdict() for kind, one in plan.traffic.items()},
+        "operations": {name: one._asdict() for name, one in plan.operations.items()},
+        "lower_bounds_in_seconds": plan.bounds and plan.bounds._asdict(),
+        "buffers": [one._asdict() for one in plan.buffers],
+    }
+
+
+def refusal_json(target: Target, error: TooLarge) -> dict[str, Any]:
+    """A plan that does not fit as JSON."""
+    return {
+        "target": target.name,
+        "fits": False,
+        "devices": len(target.devices),
+        "program": error.program,
+        "needed": error.needed,
+        "available": error.available,
+    }
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
