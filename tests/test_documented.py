@@ -30,6 +30,7 @@ from mmljax.cli import command, main
 from mmljax.config import from_mapping, load_config, to_dict
 from mmljax.data import paths
 from mmljax.inference import embedder
+from mmljax.planning import chips
 from mmljax.training import checks
 
 pytest.importorskip("tensorflow", reason="image files are read by TensorFlow")
@@ -75,6 +76,8 @@ def appended(words: list[str]) -> list[str]:
     line = " ".join(words)
     if words[0] == "features":
         return SMALL
+    if words[0] == "plan":
+        return [*SMALL, *NARROW, "--config.model.backbone=small", "--cache=cache"]
     if words[0] not in ("train", "doctor", "sweep"):
         return []
     more = ["--seconds=0.1"] if words[0] == "doctor" else SHORT
@@ -115,6 +118,8 @@ def folder(stand_ins, tmp_path, monkeypatch):
     shutil.copytree(stand_ins, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "visible_accelerators", list)
+    here = chips.present_target  # of a TPU's compiler, tests/planning/test_tpu.py knows
+    monkeypatch.setattr(chips, "tpu_target", lambda name: here()._replace(name=name))
     monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
     return tmp_path
 

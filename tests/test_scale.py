@@ -7,25 +7,11 @@ import argparse
 import jax
 import pytest
 
-from benchmarks.scale import Traffic, collectives, compile_step, make_config
-
-PROGRAM = """
-  %a = f32[16,512]{1,0} fusion(%p)
-  %g.1 = f32[64,512]{1,0} all-gather(%a), channel_id=1, dimensions={0}
-  %r = bf16[4]{0} reduce-scatter(%h), channel_id=1
-  %h = bf16[16]{0} fusion(%p)
-  %s = (f32[2,2]{1,0}, s32[]) all-reduce(%x, %y), channel_id=1
-  %t = f32[3]{0} all-reduce-start(f32[3]{0} %z), channel_id=1
-  %u = f32[3]{0} all-reduce-done(%t)
-"""
-
-
-def test_collectives_are_read_from_a_program() -> None:
-    assert collectives(PROGRAM) == {
-        "all-gather": Traffic(1, 64 * 512 * 4),
-        "reduce-scatter": Traffic(1, 16 * 2),
-        "all-reduce": Traffic(2, 16 + 4 + 12),
-    }
+from benchmarks.scale import make_config
+from mmljax.mesh import make_mesh
+from mmljax.planning.compile import abstract_run, lower_step
+from mmljax.planning.counts import Counts
+from mmljax.planning.program import argument_bytes, collectives
 
 
 @pytest.mark.slow
@@ -41,11 +27,14 @@ def test_weak_scaling(devices: int) -> None:
         row_block=0,
     )
     config = make_config(options)
-    program, state = compile_step(config, classes=2048, devices=devices)
+    run = abstract_run(config, Counts(2048, 20480), make_mesh(jax.devices()[:devices]))
+    program = lower_step(run, config, channels=3).compile()
     found = collectives(program.as_text())
     row = 4 * config.model.embedding_size
-    network = sum(4 * x.size for x in jax.tree.leaves(state.params["network"]))
+    network = sum(4 * x.size for x in jax.tree.leaves(run.state.params["network"]))
     assert found["all-gather"].bytes == batch * (row + 9)
     assert found["reduce-scatter"].bytes == 3 * batch * row
     # Besides, the statistics of BatchNorm and the ledger.
     assert 0 < found["all-reduce"].bytes - network - 2 * sampled * row < 0.01 * network
+    # CPU has no tiles: the compiler's figure is that of the text.
+    assert argument_bytes(program.as_text()) == program.memory_analysis().argument_size_in_bytes

@@ -46,7 +46,11 @@ def operations(function: Callable[..., Any], *arguments: Any, platform: str) -> 
 
 def _count(jaxpr: Any, platform: str) -> Operations:
     total = Operations(0.0, 0.0)
-    for equation in jaxpr.eqns:
+    used = {id(x) for x in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if not (equation.effects or any(id(x) in used for x in equation.outvars)):
+            continue  # the compiler removes it too
+        used |= {id(x) for x in equation.invars}
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             total += _dot(equation)

@@ -164,9 +164,9 @@ def _exchanged(line: Instruction, types: Mapping[tuple[str, str], str]) -> int:
         type_bytes(types.get((line.computation, name), "")) for name in line.operands
     )
     made = type_bytes(line.result)
-    if line.kind in ("all-gather-start", "collective-permute-start"):  # their result has both ends
-        made -= given
-    return max(given, made)
+    if line.kind == "collective-permute-start":  # the result has both ends, of one size, and more
+        return given
+    return max(given, made - given if line.kind == "all-gather-start" else made)
 
 
 def _times(lines: list[Instruction]) -> dict[str, int]:
@@ -212,20 +212,33 @@ def argument_bytes(program: str) -> int:
 def largest_buffers(program: str, *, count: int) -> list[Buffer]:
     """The largest results of the entry computation in main memory, largest first.
 
-    Copies between main and fast memory ("copy-start", "slice-start" of TPUs) are left out. Not all
-    of these are alive at once.
+    Copies between main and fast memory ("copy-start", "slice-start" of TPUs) are left out, and so
+    is what the fusions of an asynchronous collective hand on. Not all are alive at once.
     """
     found: Counter[tuple[int, str, str, str]] = Counter()
-    for line in instructions(program):
-        if not line.entry or line.kind in _NO_BUFFERS or line.kind.endswith(("-start", "-done")):
+    types: dict[str, str] = {}
+    lines = list(instructions(program))
+    chains = [line for line in lines if _CHAIN.search(line.attributes)]
+    handed_on = {shape[:2] for line in chains for shape in _SHAPE.findall(line.result)}
+    spread = {line.computation for line in chains}
+    for line in lines:
+        if not line.entry:
             continue
-        if "calls=%async_collective" in line.attributes:  # passes on what a gather writes
+        types[line.name] = line.result
+        if line.kind in _NO_BUFFERS or line.kind.endswith(("-start", "-done")):
             continue
+        made = Counter(_SHAPE.findall(line.result))
+        if spread.intersection(_CALLED.findall(line.attributes)):
+            given = {shape for x in line.operands for shape in _SHAPE.findall(types.get(x, ""))}
+            made = Counter(
+                {x: n for x, n in made.items() if x[:2] not in handed_on or x not in given}
+            )
         origin = re.search(r'op_name="([^"]*)"', line.attributes)
-        for kind, dims, layout in _SHAPE.findall(line.result):
+        for (kind, dims, layout), number in made.items():
             size = type_bytes(f"{kind}[{dims}]")
             if size and "S(" not in layout:
-                found[size, f"{kind}[{dims}]", line.kind, origin[1] if origin else ""] += 1
+                key = (size, f"{kind}[{dims}]", line.kind, origin[1] if origin else "")
+                found[key] += number
     largest = sorted(found.items(), key=lambda item: (-item[0][0], item[0][1:]))[:count]
     return [Buffer(key[0], number, *key[1:]) for key, number in largest]
 

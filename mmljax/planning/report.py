@@ -64,7 +64,7 @@ def _memory(plan: Plan) -> str:
         "program": [one.code for one in plan.memory.values()],
         "total": [one.total for one in plan.memory.values()],
     }
-    rows += [[name, *map(_gib, sizes)] for name, sizes in parts.items()]
+    rows += [[name, *map(_mib, sizes)] for name, sizes in parts.items()]
     rows.append([f"fits {_mib(plan.available)}", *("yes" for _ in names)])
     return text_table(rows)
 

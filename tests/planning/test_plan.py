@@ -1,0 +1,148 @@
+"""Plans of small runs on virtual CPU devices, and what is refused before anything is compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+
+import jax
+import numpy as np
+import pytest
+
+from mmljax.cli import main
+from mmljax.config import load_config
+from mmljax.errors import UserError
+from mmljax.planning import chips, counts, plan
+from mmljax.planning.compile import needed_and_available
+
+SMALL = ["--config=quickstart", "--config.model.width=8", "--config.data.image_size=24"]
+SMALL += ["--config.data.batch_size=30", "--config.data.images_per_class=2"]
+
+
+@pytest.fixture
+def cache(tmp_path) -> str:
+    return f"--cache={tmp_path / 'cache'}"
+
+
+def test_a_plan_of_the_devices_here(cache, capsys, caplog):
+    """Batch 30 does not divide over 8 devices in pairs of a class: 32 does."""
+    assert main(["plan", *SMALL, cache, "--json"]) == 0
+    shown = capsys.readouterr()
+    (found,) = json.loads(shown.out)
+    assert found["fits"]
+    assert found["devices"] == 8
+    assert found["batch_size"] == 32
+    assert "batch_size=30 does not divide over 8 devices" in shown.err
+    assert found["counts"] == dict(
+        zip(counts.Counts._fields, (200, 1600, 480, 480, 3), strict=True)
+    )
+    assert found["batch"] == 4 * (24 * 24 * 3 + 4 + 1)
+    step = found["programs"]["training step"]
+    scalars = 3 * 4 + 4 + 8  # contribution weights, step, key
+    assert step["arguments"] == sum(found["state"].values()) + found["batch"] + scalars
+    assert found["padding"] == 0
+    assert found["lower_bounds_in_seconds"] is None
+    assert found["collectives"]["all-gather"]["bytes"] >= 32 * (4 * 128 + 9)
+    assert min(one["count"] for one in found["operations"].values()) > 0
+    assert "optimal_seconds" not in shown.out
+
+    assert main(["plan", *SMALL, cache, "--buffers=3"]) == 0  # the second time nothing is compiled
+    shown = capsys.readouterr()
+    assert shown.err.count("compiled before") == 3
+    assert "compiling" not in shown.err
+    assert "parameters of the network" in shown.out
+    assert "largest buffers" in shown.out
+
+
+def test_what_does_not_fit_is_refused_with_both_figures(cache, capsys, monkeypatch):
+    monkeypatch.setattr(chips, "total_memory", lambda: 8 * 2**20)
+    assert main(["plan", *SMALL, cache, "--json"]) == 2
+    shown = capsys.readouterr()
+    (found,) = json.loads(shown.out)
+    assert not found["fits"]
+    assert found["available"] == 2**20 < found["needed"]
+    line = shown.err.splitlines()[-1]
+    assert "the training step does not fit cpu: it needs" in line
+    assert "on each device, and 1.0 MiB are available; lower --config.data.batch_size=32" in line
+
+
+@pytest.mark.parametrize("largest", [0, 8, 64, 72, 1000])
+def test_the_largest_size_that_fits_is_found(largest):
+    asked = []
+
+    def fits(size):
+        asked.append(size)
+        return size <= largest
+
+    found = plan.largest_fitting(fits, start=64, unit=8, tolerance=0)
+    assert found == largest // 8 * 8
+    assert len(asked) == len(set(asked)) <= 12
+    assert all(size % 8 == 0 for size in asked)
+    near = plan.largest_fitting(fits, start=64, unit=8)
+    assert largest - max(8, largest / 32) <= near <= largest
+
+
+def test_batch_sizes_keep_the_micro_batches_whole():
+    config = load_config("quickstart", ["data.micro_batches=3", "data.batch_size=100"])
+    assert plan.fitting_config(config, devices=2).data.batch_size == 120
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5:2x4", r"chip 'v5' is unknown \(did you mean 'v5\w'\?\)"),
+        ("v5e:2x5", "v5e has no such shape; it has v5e:1x1, v5e:2x2, v5e:2x4"),
+        ("v5p:2x4", "it has v5p:2x2x1, v5p:2x2x2"),
+        ("v5e", "v5e has no such shape"),
+        ("v5e:2x4,v5e:2x4", "plans are of one slice"),
+    ],
+)
+def test_topologies_that_do_not_exist_are_named(topology, message):
+    with pytest.raises(UserError, match=message):
+        chips.tpu_target(topology)
+
+
+def test_a_machine_without_the_compiler_is_told_so(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    with pytest.raises(UserError, match="x86-64 Linux, and this is .* on arm64"):
+        chips.tpu_target("v5e:2x4")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(chips.sys, "platform", "linux")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs libtpu: pip install 'mmljax\[tpu\]'"):
+        chips.tpu_target("v5e:2x4")
+
+
+def test_libtpu_states_needed_and_available_bytes():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 30.50G of 15.75G hbm. Exceeded hbm capacity by 14.75G."
+    )
+    assert needed_and_available(message) == (30.5 * 2**30, 15.75 * 2**30)
+
+
+def test_sizes_come_from_flags_data_or_the_benchmark(tmp_path):
+    config = load_config("inshop", ["data.directory=absent"])
+    assert counts.count(config) == counts.Counts(3997, 25882, 14218, 12612)
+    assert counts.count(config, classes=9, images=90) == counts.Counts(9, 90)
+    assert counts.count(config, queries=7).queries == 7
+
+    absent = load_config("inshop", ["data.source=folder", f"data.directory={tmp_path / 'no'}"])
+    with pytest.raises(UserError, match="state them: --classes N --images N"):
+        counts.count(absent)
+    with pytest.raises(UserError, match="plan a run on images"):
+        counts.count(load_config("inshop", ["data.source=features"]))
+
+    path = tmp_path / "data.npz"
+    images, labels = np.zeros((10, 5, 5, 1), np.uint8), np.arange(10) // 2
+    np.savez(path, images=images, labels=labels, split=["train"] * 6 + ["query"] * 4)
+    arrays = load_config("inshop", ["data.source=arrays", f"data.directory={path}"])
+    assert counts.count(arrays) == counts.Counts(3, 6, 4, 0, 1)
+
+
+def test_a_chip_is_known_by_its_devices():
+    target = chips.present_target()
+    assert len(target.devices) == len(jax.devices())
+    assert target.chip is None
+    assert chips.CHIPS["v5e"].kind == "TPU v5 lite"

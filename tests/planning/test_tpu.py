@@ -1,0 +1,162 @@
+"""Programs that libtpu compiles for slices that are not here.
+
+``.ci/run`` runs this file in an environment with libtpu. Each program is compiled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import re
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+
+from benchmarks import scale
+from mmljax.cli import main
+from mmljax.config import Config, load_config
+from mmljax.mesh import make_mesh
+from mmljax.planning import chips
+from mmljax.planning.compile import Abstract, Compiled, abstract_run, compile_program, lower_step
+from mmljax.planning.counts import PUBLISHED, Counts
+from mmljax.planning.program import argument_bytes, collectives, instructions
+from mmljax.training.state import state_bytes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux" or platform.machine() != "x86_64",
+        reason="libtpu runs on x86-64 Linux",
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="pip install 'mmljax[tpu]' brings libtpu",
+    ),
+]
+
+RESNET50 = 23_508_032  # parameters without the classifier, torchvision's table less 2,049,000
+ROW = 512 * 4  # bytes of an embedding
+
+
+class Step(NamedTuple):
+    """A training step that was compiled for a topology."""
+
+    config: Config
+    run: Abstract
+    compiled: Compiled
+    chip: chips.Chip
+
+    @property
+    def share(self) -> int:
+        """Images of one device."""
+        return self.config.data.batch_size // self.run.mesh.devices.size
+
+
+@pytest.fixture(scope="module")
+def cache(request) -> Any:
+    """The cache that a second run of these tests on the same machine reads."""
+    jax.config.update("jax_platforms", "cpu")
+    return request.config.cache.mkdir("mmljax-plan")
+
+
+def compile_for(topology: str, config: Config, counts: Counts, cache: Any) -> Step:
+    target = chips.tpu_target(topology)
+    assert target.chip is not None
+    run = abstract_run(config, counts, make_mesh(target.devices))
+    lowered = lower_step(run, config, channels=3)
+    return Step(config, run, compile_program(lowered, name=topology, cache=cache), target.chip)
+
+
+@pytest.fixture(scope="module", params=["v5e:2x4", "v6e:2x4"])
+def in_shop(request, cache) -> Step:
+    config = load_config("inshop", ["data.batch_size=192"])
+    return compile_for(request.param, config, PUBLISHED["in_shop"], cache)
+
+
+def test_memory_of_in_shop_is_that_of_the_formulas(in_shop):
+    """``docs/scale.md``, with the numbers of arrays counted by hand."""
+    memory = in_shop.compiled.memory
+    network = RESNET50 + 2048 * 512 + 512
+    blocks = ((3, 64), (4, 128), (6, 256), (3, 512))  # and 4 w channels after each, 1 shortcut
+    statistics = 2 * (64 + sum(n * 6 * w + 4 * w for n, w in blocks))
+    rows = in_shop.run.state.params["proxies"].shape[0]
+    assert 3997 <= rows < 3997 + 128
+    scalars = 4 * (3 + 1 + 2 + 2 * 3 + 1)  # weights, step, key; counters of each optimiser group
+    batch = 192 // 8 * (224 * 224 * 3 + 4 + 1)
+    formula = 12 * network + 4 * statistics + 12 * rows * 512 // 8 + scalars + batch
+    assert argument_bytes(in_shop.compiled.text) == formula
+    assert formula <= memory.arguments < 1.01 * formula  # tiles round small arrays up
+    assert memory.outputs - memory.aliased < 2**20  # the new state lies in the place of the old
+    assert memory.total < 0.1 * in_shop.chip.hbm
+
+
+def test_proxies_are_gathered_beside_other_work_and_moments_never(in_shop):
+    gathered = collectives(in_shop.compiled.text)["all-gather"]
+    proxies = in_shop.run.state.params["proxies"].shape[0] * ROW
+    embeddings = 192 * ROW
+    assert gathered.asynchronous >= proxies
+    assert proxies + embeddings <= gathered.bytes < proxies + embeddings + 2**16
+
+
+def test_the_network_computes_in_half_precision(in_shop):
+    lines = list(instructions(in_shop.compiled.text))
+    types = {(line.computation, line.name): line.result for line in lines}
+    found = [
+        [types[line.computation, name].partition("[")[0] for name in line.operands]
+        for line in lines
+        if line.kind == "convolution" and "conv_general_dilated" in line.attributes
+    ]
+    assert len(found) > 3 * 50  # forward and two gradients of each convolution
+    assert {kind for kinds in found for kind in kinds} == {"bf16"}
+
+
+def test_images_are_never_held_in_full_precision(in_shop):
+    images = re.compile(rf"f32\[{in_shop.share},(224,224,3|3,224,224)\]")
+    held = [
+        line.name
+        for line in instructions(in_shop.compiled.text)
+        if line.entry and images.search(line.result)
+    ]
+    assert not held
+
+
+def test_a_million_classes_fit_a_pod(cache):
+    options = argparse.Namespace(
+        backbone="resnet18", image_size=32, batch_size=512, sampled_proxies=8192, row_block=8192
+    )
+    config = scale.make_config(options)
+    step = compile_for("v5e:8x16", config, Counts(1_000_000, 10_000_000), cache)
+    rows = step.run.state.params["proxies"].shape[0]
+    assert 1_000_000 <= rows < 1_000_000 + 128
+    sizes = state_bytes(step.run.state)
+    assert sizes["proxies"] == 4 * rows * 512 // 128
+    assert sizes["optimizer of proxies"] == 8 * rows * 512 // 128 + 8
+    scalars = 4 * (3 + 1 + 2)
+    batch = 4 * (32 * 32 * 3 + 5)
+    assert argument_bytes(step.compiled.text) == sum(sizes.values()) + scalars + batch
+    assert step.compiled.memory.total < 2**29
+    assert collectives(step.compiled.text)["all-gather"].bytes < 4 * 512 * (ROW + 9)
+
+
+def test_quickstart_is_planned_from_the_command_line(cache, capsys):
+    words = ["plan", "--config=quickstart", "--topology=v5e:2x4", f"--cache={cache}", "--json"]
+    assert main(words) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert set(found["programs"]) == {"training step", "embedding", "search"}
+    assert found["devices"] == 8
+    assert found["collectives"]["all-gather"]["asynchronous"] > 0
+    assert all(0 < seconds < 1e-3 for seconds in found["lower_bounds_in_seconds"].values())
+
+
+def test_what_is_too_large_states_needed_and_available_bytes(cache, capsys):
+    words = ["plan", "--config=quickstart", "--topology=v5e:2x2", f"--cache={cache}", "--json"]
+    words += ["--config.data.batch_size=524288", "--classes=200000", "--images=1000000"]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    (found,) = json.loads(shown.out)
+    assert 15 * 2**30 < found["available"] <= 16 * 2**30 < found["needed"]
+    assert "does not fit v5e:2x2: it needs" in shown.err
