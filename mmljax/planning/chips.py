@@ -30,13 +30,10 @@ class Chip(NamedTuple):
     ici_bandwidth: float  # bytes per second that it sends to other chips, all links together
     kind: str  # device_kind of its devices in JAX
     topologies: tuple[str, ...]  # of one slice
-    hosts_have: str = "2x2x1"  # chips per host, in a topology of at least that size
 
 
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(
-        32 * GIB, 275e12, 1200e9, 300e9, "TPU v4", (*_CUBES, "8x16x16", "12x16x16"), "2x2x1"
-    ),
+    "v4": Chip(32 * GIB, 275e12, 1200e9, 300e9, "TPU v4", (*_CUBES, "8x16x16", "12x16x16")),
     "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite", _FLAT),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, "TPU v5", (*_CUBES, "8x16x16", "16x16x16")),
     "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite", _FLAT),
@@ -91,17 +88,19 @@ def tpu_target(topology: str) -> Target:
 
 def _checked_chip(topology: str) -> Chip:
     name, _, shape = topology.partition(":")
+    if "," in topology:
+        raise UserError(f"--topology={topology}: separate topologies by spaces")
+    if topology[:1].isdigit() or any(mark in topology for mark in "*+/@"):
+        raise UserError(
+            f"--topology={topology}: a plan is of one slice, such as v5e:2x4; several slices, "
+            "which the data centre's network connects, are not supported"
+        )
     if name not in CHIPS:
         raise UserError(
             f"--topology={topology}: chip {name!r} is unknown ({nearest(name, CHIPS)}); a topology "
             "is a chip and a shape, such as v5e:2x4"
         )
     chip = CHIPS[name]
-    if "," in shape or "/" in shape or shape.count(":"):
-        raise UserError(
-            f"--topology={topology}: plans are of one slice; for several slices over the data "
-            "centre's network there is none, so plan one of them"
-        )
     if shape not in chip.topologies:
         raise UserError(
             f"--topology={topology}: {name} has no such shape; it has "

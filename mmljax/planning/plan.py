@@ -157,11 +157,16 @@ def check_fits(compiled: Compiled, target: Target) -> None:
 
 def _refused(name: str, target: Target, config: Config, error: DoesNotFit) -> TooLarge:
     data = config.data
+    cures = {
+        STEP: f"lower --config.data.batch_size={data.batch_size} (--find-batch-size finds the "
+        f"largest), raise --config.data.micro_batches={data.micro_batches}",
+        EMBEDDING: f"lower --config.data.eval_batch_size={data.eval_batch_size}",
+        SEARCH: f"lower --config.evaluation.gallery_chunk={config.evaluation.gallery_chunk}",
+    }
     return TooLarge(
         f"the {name} does not fit {target.name}: it needs {size_text(error.needed)} on each "
-        f"device, and {size_text(error.available)} are available; lower "
-        f"--config.data.batch_size={data.batch_size} (--find-batch-size finds the largest), raise "
-        f"--config.data.micro_batches={data.micro_batches}, or name a larger topology",
+        f"device, and {size_text(error.available)} are available; {cures[name]}, or take a larger "
+        "slice",
         program=name,
         needed=error.needed,
         available=error.available,

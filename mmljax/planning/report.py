@@ -50,9 +50,10 @@ def _memory(plan: Plan) -> str:
     names = list(plan.memory)
     blank = [""] * (len(names) - 1)
     rows = [["MiB per device", *names]]
+    groups = {**_GROUPS, **{group: group for group in plan.state if group not in _GROUPS}}
     rows += [
         [label, _mib(plan.state[group]), *blank]
-        for group, label in _GROUPS.items()
+        for group, label in groups.items()
         if group in plan.state
     ]
     rows.append(["batch", _mib(plan.batch), *blank])

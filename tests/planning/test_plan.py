@@ -95,7 +95,9 @@ def test_batch_sizes_keep_the_micro_batches_whole():
         ("v5e:2x5", "v5e has no such shape; it has v5e:1x1, v5e:2x2, v5e:2x4"),
         ("v5p:2x4", "it has v5p:2x2x1, v5p:2x2x2"),
         ("v5e", "v5e has no such shape"),
-        ("v5e:2x4,v5e:2x4", "plans are of one slice"),
+        ("v5e:2x4,v6e:2x4", "separate topologies by spaces"),
+        ("2xv5e:2x4", "a plan is of one slice"),
+        ("v5e:2x4*2", "a plan is of one slice"),
     ],
 )
 def test_topologies_that_do_not_exist_are_named(topology, message):
