@@ -69,16 +69,10 @@ def run(options: argparse.Namespace) -> int:
     config = shared.load_config(options)
     if config is None:
         raise UserError("--config is missing; for a first plan: --config quickstart")
-    import jax
-
     from mmljax.planning import chips, plan, report
     from mmljax.planning.counts import count
 
-    if options.topology:
-        jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
-        targets = [chips.tpu_target(name) for name in options.topology]
-    else:
-        targets = [chips.present_target()]
+    targets = [chips.tpu_target(name) for name in options.topology] or [chips.present_target()]
     sizes = {name: getattr(options, name) for name in ("classes", "images", "queries", "gallery")}
     counts = count(config, **sizes)
     found, code = [], 0

@@ -70,6 +70,8 @@ def tpu_target(topology: str) -> Target:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as in JAX
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
     # libtpu reads these when it is loaded; no metadata server is asked.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")

@@ -13,7 +13,6 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import pytest
 
 from benchmarks import scale
@@ -59,7 +58,6 @@ class Step(NamedTuple):
 @pytest.fixture(scope="module")
 def cache(request) -> Any:
     """The cache that a second run of these tests on the same machine reads."""
-    jax.config.update("jax_platforms", "cpu")
     return request.config.cache.mkdir("mmljax-plan")
 
 
