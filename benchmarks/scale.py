@@ -69,9 +69,9 @@ def main() -> None:
     print(state_table(state_bytes(run.state)))
     print(f"  {'work':<24}{program.memory_analysis().temp_size_in_bytes / GIB:10.3f} GiB")
     for name, found in count_step(run, config, channels=3).items():
-        print(f"  {name:<24}{found.count / 1e12:10.3f} T operations")
+        print(f"  {name:<24}{found.number / 1e12:10.3f} T operations")
     for kind, traffic in sorted(collectives(program.as_text()).items()):
-        print(f"  {kind:<24}{traffic.bytes / 2**20:10.1f} MiB in {traffic.count}")
+        print(f"  {kind:<24}{traffic.bytes / 2**20:10.1f} MiB in {traffic.number}")
 
 
 if __name__ == "__main__":

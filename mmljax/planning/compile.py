@@ -87,18 +87,19 @@ def _struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def batch_shapes(config: Config, mesh: Mesh, *, channels: int) -> Batch:
     """A training batch as shapes."""
+    shape: Any = partial(jax.ShapeDtypeStruct, sharding=rows_sharding(mesh))
     size, side = config.data.batch_size, config.data.image_size
-    rows = rows_sharding(mesh)
     return Batch(
-        jax.ShapeDtypeStruct((size, side, side, channels), np.uint8, sharding=rows),
-        jax.ShapeDtypeStruct((size,), np.int32, sharding=rows),
-        jax.ShapeDtypeStruct((size,), np.bool_, sharding=rows),
+        shape((size, side, side, channels), np.uint8),
+        shape((size,), np.int32),
+        shape((size,), bool),
     )
 
 
 def lower_step(run: Abstract, config: Config, *, channels: int) -> Any:
     """The training step, ready to compile."""
-    return run.trainer.step.lower(run.state, batch_shapes(config, run.mesh, channels=channels))
+    step: Any = run.trainer.step  # jitted
+    return step.lower(run.state, batch_shapes(config, run.mesh, channels=channels))
 
 
 def lower_embedding(run: Abstract, config: Config, *, channels: int) -> Any:
@@ -108,7 +109,8 @@ def lower_embedding(run: Abstract, config: Config, *, channels: int) -> Any:
     images = jax.ShapeDtypeStruct(
         (size, side, side, channels), np.uint8, sharding=rows_sharding(run.mesh)
     )
-    return make_embed(run.trainer.graphdef).lower(*run.state.evaluated, images)
+    embed: Any = make_embed(run.trainer.graphdef)  # jitted
+    return embed.lower(*run.state.evaluated, images)
 
 
 def lower_search(config: Config, counts: Counts, mesh: Mesh) -> Any:

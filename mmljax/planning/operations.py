@@ -19,17 +19,17 @@ _PASSES = {lax.Precision.HIGHEST: 6, lax.Precision.HIGH: 3}  # of bfloat16, for 
 class Operations(NamedTuple):
     """Multiplications and additions."""
 
-    count: float
+    number: float
     passes: float  # the same as a TPU does them in bfloat16: a float32 product is up to six
 
     def __add__(self, other: Any) -> Operations:
-        return Operations(self.count + other.count, self.passes + other.passes)
+        return Operations(self.number + other.number, self.passes + other.passes)
 
     def __sub__(self, other: Any) -> Operations:
-        return Operations(self.count - other.count, self.passes - other.passes)
+        return Operations(self.number - other.number, self.passes - other.passes)
 
     def __mul__(self, factor: Any) -> Operations:
-        return Operations(self.count * factor, self.passes * factor)
+        return Operations(self.number * factor, self.passes * factor)
 
 
 def operations(function: Callable[..., Any], *arguments: Any, platform: str) -> Operations:
@@ -88,8 +88,8 @@ def _inner(params: Any) -> Iterator[Any]:
 def _dot(equation: Any) -> Operations:
     left, right = (x.aval for x in equation.invars)
     (contracted, _), _ = equation.params["dimension_numbers"]
-    count = 2.0 * equation.outvars[0].aval.size * math.prod(left.shape[i] for i in contracted)
-    return Operations(count, count * _passes(equation.params["precision"], left, right))
+    number = 2.0 * equation.outvars[0].aval.size * math.prod(left.shape[i] for i in contracted)
+    return Operations(number, number * _passes(equation.params["precision"], left, right))
 
 
 def _conv(equation: Any) -> Operations:
@@ -97,9 +97,9 @@ def _conv(equation: Any) -> Operations:
     left, right = (x.aval for x in equation.invars)
     params = equation.params
     outputs = right.shape[params["dimension_numbers"].rhs_spec[0]]
-    count = 2.0 * equation.outvars[0].aval.size * (right.size // outputs)
-    count /= math.prod(params["lhs_dilation"])
-    return Operations(count, count * _passes(params["precision"], left, right))
+    number = 2.0 * equation.outvars[0].aval.size * (right.size // outputs)
+    number /= math.prod(params["lhs_dilation"])
+    return Operations(number, number * _passes(params["precision"], left, right))
 
 
 def _passes(precision: Any, *operands: Any) -> int:

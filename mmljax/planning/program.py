@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 class Traffic(NamedTuple):
     """Of one kind of collective in a program."""
 
-    count: int
+    number: int
     bytes: int  # of the larger end, summed over its uses
     asynchronous: int = 0  # of these bytes: started and ended by two instructions
 
@@ -46,7 +46,7 @@ class Buffer(NamedTuple):
     """Results of one shape and origin that lie in a device's main memory."""
 
     bytes: int  # of one
-    count: int
+    number: int
     shape: str
     kind: str  # opcode
     origin: str  # the operation that it was compiled from
@@ -151,7 +151,7 @@ def collectives(program: str) -> dict[str, Traffic]:
         split = chain or kind != line.kind or line.computation in wrapped
         before = found.get(kind, Traffic(0, 0))
         found[kind] = Traffic(
-            before.count + times.get(line.computation, 1),
+            before.number + times.get(line.computation, 1),
             before.bytes + size,
             before.asynchronous + (size if split else 0),
         )

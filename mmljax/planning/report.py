@@ -75,7 +75,7 @@ def _traffic(plan: Plan) -> str:
         return ""
     rows = [["collectives of a step", "count", "MiB", "of these asynchronous"]]
     rows += [
-        [kind, str(one.count), _mib(one.bytes), _mib(one.asynchronous)]
+        [kind, str(one.number), _mib(one.bytes), _mib(one.asynchronous)]
         for kind, one in sorted(plan.traffic.items())
     ]
     return text_table(rows)
@@ -84,7 +84,7 @@ def _traffic(plan: Plan) -> str:
 def _times(plan: Plan) -> str:
     rows = [["operations of a step and device", "T", "T of bfloat16 passes"]]
     rows += [
-        [name, f"{one.count / 1e12:.3f}", f"{one.passes / 1e12:.3f}"]
+        [name, f"{one.number / 1e12:.3f}", f"{one.passes / 1e12:.3f}"]
         for name, one in plan.operations.items()
     ]
     text = text_table(rows)
@@ -116,7 +116,7 @@ def _run(plan: Plan, bounds: Bounds, *, price: float) -> str:
 def _buffers(plan: Plan, count: int) -> str:
     rows = [["largest buffers of the training step", "MiB", "number", "made by"]]
     rows += [
-        [one.shape, _mib(one.bytes), str(one.count), f"{one.kind} {one.origin[-70:]}".strip()]
+        [one.shape, _mib(one.bytes), str(one.number), f"{one.kind} {one.origin[-70:]}".strip()]
         for one in plan.buffers[:count]
     ]
     return text_table(rows, left=(0, 3))

@@ -28,7 +28,7 @@ def test_a_product_counts_once_per_round_of_a_loop() -> None:
 
         return lax.scan(add, jnp.zeros((3, 5)), None, 7)[0]
 
-    assert operations(f, array(2, 3, 4), array(2, 4, 5), platform="tpu").count == 7 * 240
+    assert operations(f, array(2, 3, 4), array(2, 4, 5), platform="tpu").number == 7 * 240
 
 
 def test_passes_follow_precision_and_dtype() -> None:
@@ -46,20 +46,20 @@ def test_what_no_result_needs_is_not_counted():
     def f(x):
         return jax.vjp(lambda x: x @ x, x)[1](x)[0]
 
-    assert operations(f, array(2, 2), platform="tpu").count == 2 * 16
+    assert operations(f, array(2, 2), platform="tpu").number == 2 * 16
 
 
 def test_the_branch_of_the_platform_counts() -> None:
     def f(x):
         return lax.platform_dependent(x, cpu=lambda x: x @ x @ x, default=lambda x: x @ x)
 
-    assert operations(f, array(2, 2), platform="cpu").count == 32
-    assert operations(f, array(2, 2), platform="tpu").count == 16
+    assert operations(f, array(2, 2), platform="cpu").number == 32
+    assert operations(f, array(2, 2), platform="tpu").number == 16
 
     def g(x):
         return lax.cond(x[0, 0] > 0, lambda x: x, lambda x: x @ x, x)
 
-    assert operations(g, array(2, 2), platform="tpu").count == 16
+    assert operations(g, array(2, 2), platform="tpu").number == 16
 
 
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (2, 3)])
@@ -76,10 +76,10 @@ def test_a_convolution_and_its_gradients_take_the_same_products(stride: int, gro
     side = len(range(0, 9, stride))
     places = itertools.product(range(2), range(side), range(side), range(12))
     by_hand = sum(2 * 3 * 3 * (6 // groups) for _ in places)
-    assert operations(f, images, kernel, platform="tpu").count == by_hand
-    both = operations(jax.grad(f, (0, 1)), images, kernel, platform="tpu").count
+    assert operations(f, images, kernel, platform="tpu").number == by_hand
+    both = operations(jax.grad(f, (0, 1)), images, kernel, platform="tpu").number
     assert both == pytest.approx(2 * by_hand, rel=0.3)  # 81 / 4 places for 5 x 5
-    assert operations(jax.grad(f, 1), images, kernel, platform="tpu").count == by_hand
+    assert operations(jax.grad(f, 1), images, kernel, platform="tpu").number == by_hand
 
 
 def test_resnet50_and_the_objectives() -> None:
@@ -91,9 +91,9 @@ def test_resnet50_and_the_objectives() -> None:
     run = abstract_run(from_mapping(config), Counts(classes, 3000), mesh)
     found = count_step(run, from_mapping(config), channels=3)
     images = config.data.batch_size // devices
-    assert found["network"].count / images == pytest.approx(3 * 2 * 4.09e9, rel=0.02)
+    assert found["network"].number / images == pytest.approx(3 * 2 * 4.09e9, rel=0.02)
     # A block of similarities and its two gradients; the mined pairs once more, by their proxies.
     rows = run.state.params["proxies"].shape[0]
     blocks = images * 16 + rows // devices * 16 + rows // devices * rows
     least = 3 * 2 * blocks * size
-    assert least < found["objectives"].count < 1.1 * least
+    assert least < found["objectives"].number < 1.1 * least

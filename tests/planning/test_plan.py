@@ -44,7 +44,7 @@ def test_a_plan_of_the_devices_here(cache, capsys, caplog):
     assert found["padding"] == 0
     assert found["lower_bounds_in_seconds"] is None
     assert found["collectives"]["all-gather"]["bytes"] >= 32 * (4 * 128 + 9)
-    assert min(one["count"] for one in found["operations"].values()) > 0
+    assert min(one["number"] for one in found["operations"].values()) > 0
     assert "optimal_seconds" not in shown.out
 
     assert main(["plan", *SMALL, cache, "--buffers=3"]) == 0  # the second time nothing is compiled
@@ -56,15 +56,15 @@ def test_a_plan_of_the_devices_here(cache, capsys, caplog):
 
 
 def test_what_does_not_fit_is_refused_with_both_figures(cache, capsys, monkeypatch):
-    monkeypatch.setattr(chips, "total_memory", lambda: 8 * 2**20)
+    monkeypatch.setattr(chips, "total_memory", lambda: 8 * 2**17)
     assert main(["plan", *SMALL, cache, "--json"]) == 2
     shown = capsys.readouterr()
     (found,) = json.loads(shown.out)
     assert not found["fits"]
-    assert found["available"] == 2**20 < found["needed"]
+    assert found["available"] == 2**17 < found["needed"]
     line = shown.err.splitlines()[-1]
     assert "the training step does not fit cpu: it needs" in line
-    assert "on each device, and 1.0 MiB are available; lower --config.data.batch_size=32" in line
+    assert "on each device, and 0.1 MiB are available; lower --config.data.batch_size=32" in line
 
 
 @pytest.mark.parametrize("largest", [0, 8, 64, 72, 1000])
