@@ -46,6 +46,15 @@ v5p and v6e), of which half is sent; that of v4 is 2400 Gbit/s.
 """
 
 
+_ENVIRONMENT = {  # what libtpu reads when it is loaded
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan, or a run on the TPU, may hold its lock
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+
 class Target(NamedTuple):
     """Devices to compile for."""
 
@@ -72,11 +81,8 @@ def tpu_target(topology: str) -> Target:
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as in JAX
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
-    # libtpu reads these when it is loaded; no metadata server is asked.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_WORKER_ID", "0")
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     try:
