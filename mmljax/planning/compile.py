@@ -35,7 +35,11 @@ from mmljax.types import Batch, TrainState
 _log = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)")
+_USED = (
+    re.compile(  # "Used 30G of 15.75G hbm", "temporaries (760.90G) exceeds available HBM (15.75G)"
+        r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)"
+    )
+)
 
 
 class DoesNotFit(Exception):
@@ -222,7 +226,7 @@ def _compiled_facts(lowered: Any) -> dict[str, Any]:
 
 
 def needed_and_available(message: str) -> tuple[int, int]:
-    """Bytes that libtpu's "Used 30.48G of 15.75G hbm" states; 0 and 0 where it states none."""
+    """Bytes that libtpu's message states, in either of its forms; 0 and 0 where it states none."""
     match = _USED.search(message)
     if not match:
         _log.warning("the compiler: %s", one_line(ValueError(message)))

@@ -117,11 +117,18 @@ def test_a_machine_without_the_compiler_is_told_so(monkeypatch):
 
 
 def test_libtpu_states_needed_and_available_bytes():
+    """In two forms: the sum of all parts, or of the temporaries alone where these are too many."""
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 30.50G of 15.75G hbm. Exceeded hbm capacity by 14.75G."
     )
     assert needed_and_available(message) == (30.5 * 2**30, 15.75 * 2**30)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (760.50G) exceeds available HBM (15.75G)."
+    )
+    assert needed_and_available(message) == (760.5 * 2**30, 15.75 * 2**30)
+    assert needed_and_available("RESOURCE_EXHAUSTED: no figures") == (0, 0)
 
 
 def test_sizes_come_from_flags_data_or_the_benchmark(tmp_path):
