@@ -103,11 +103,12 @@ def _times(plan: Plan) -> str:
 
 
 def _run(plan: Plan, bounds: Bounds, *, price: float) -> str:
-    hours = plan.steps * max(bounds) / 3600
-    text = f"{plan.steps} steps: at least {hours * 60:.1f} min"
+    seconds = plan.steps * max(bounds)
+    least = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+    text = f"{plan.steps} steps: at least {least}"
     if price:
         text += (
-            f" and {hours * plan.devices * price:.2f} ({plan.devices} chips, {price:g} an hour "
+            f" and {seconds / 3600 * plan.devices * price:.2f} ({plan.devices} chips, {price:g} an hour "
             "each), without evaluation, input wait and start"
         )
     return text
