@@ -107,11 +107,9 @@ def _run(plan: Plan, bounds: Bounds, *, price: float) -> str:
     least = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
     text = f"{plan.steps} steps: at least {least}"
     if price:
-        text += (
-            f" and {seconds / 3600 * plan.devices * price:.2f} ({plan.devices} chips, {price:g} an hour "
-            "each), without evaluation, input wait and start"
-        )
-    return text
+        cost = seconds / 3600 * plan.devices * price
+        text += f" and {cost:.2f} ({plan.devices} chips, {price:g} an hour each)"
+    return f"{text}, without evaluation, input wait and start"
 
 
 def _buffers(plan: Plan, count: int) -> str:
