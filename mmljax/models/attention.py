@@ -25,9 +25,13 @@ def attend(
     """``softmax(query . key / sqrt(d)) . value`` of each head; the softmax in float32 at least.
 
     On an NVIDIA GPU, half-precision heads of up to 128 channels, a multiple of 8, take cuDNN's
-    fused form, which keeps no ``n`` by ``m`` matrix. Everything else is XLA's. The choice is made
-    when the program is lowered, so that one exported for another platform gets that one's form.
+    fused form, which keeps no ``n`` by ``m`` matrix. Everything else is XLA's, but for float64,
+    whose softmax JAX's function computes in float32. The choice is made when the program is
+    lowered, so that one exported for another platform gets that one's form.
     """
+    if query.dtype == jnp.float64:
+        logits = jnp.einsum("bnhd,bmhd->bhnm", query, key) / query.shape[-1] ** 0.5
+        return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits), value)
     plain = partial(jax.nn.dot_product_attention, implementation="xla")
     if not (jax.default_backend() == "gpu" and fits_cudnn(query)):
         return plain(query, key, value)

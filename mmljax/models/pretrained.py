@@ -57,15 +57,18 @@ def convert(
     layout = _find_layout(weights, source=source)
     parts, unexpected = _rename_all(weights, shapes, layout)
     _add_zeros(parts, shapes, layout)
-    missing, other, found = [], [], {}
+    found: dict[str, np.ndarray] = {}
+    missing, other = [], []
     for name, shape in shapes.items():
         given = parts.get(name, {})
         lacking = _expected_parts(name, layout) - given.keys() if "" not in given else set()
         if not given or lacking:
             missing.append(f"{name}{''.join(f' (part {part})' for part in sorted(lacking))}")
             continue
-        found[name] = value = _join(given, axis=_axis(name))
-        if value is None or value.shape != shape:
+        value = _join(given, axis=_axis(name))
+        if value is not None and value.shape == shape:
+            found[name] = value
+        else:
             theirs = " and ".join(f"{theirs} {part.shape}" for theirs, part in given.values())
             other.append(f"{theirs} for {shape}")
     problems = {"unexpected": unexpected, "missing": missing, "of another shape": other}
