@@ -116,11 +116,13 @@ class ModelConfig:
     """Backbone and embedding head."""
 
     backbone: str = "resnet50"  # a key of models.backbones.BACKBONES
-    width: Count = 64  # channels of a ResNet's first stage, of a ViT's heads; published: 64
+    width: Count = 64  # 64: the published network; another number scales its channels
     pretrained: str = ""  # a file, efficientnet_lite0/1/2, hf:OWNER/NAME@COMMIT; "": random ones
     pixel_norm: str = "auto"  # a key of models.embedder.PIXEL_NORMS, or auto: as the weights ask
     embedding_size: Count = 512
-    pooling: str = "average+max"  # average, max, average+max, gem; of a ViT: token, average, gem
+    pooling: str = (
+        "average+max"  # average, max, average+max, gem; of a ViT: token (its own), average, gem
+    )
     layer_norm: str = "before"  # none, before (the head's layers), after; without parameters
     head: str = "linear"  # linear, or mlp (one hidden layer)
     head_width: Count = 1024  # hidden units of head mlp

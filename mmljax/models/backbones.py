@@ -8,13 +8,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mmljax.config import choose
+from mmljax.models.architectures import VITS
 from mmljax.models.drop_path import set_drop_path
 from mmljax.models.efficientnet import EFFICIENTNETS, EfficientNetLite
 from mmljax.models.resnet import RESNETS, ResNet
-from mmljax.models.vit import VITS, VisionTransformer
+from mmljax.models.vit import VisionTransformer
 
 Backbone = ResNet | EfficientNetLite | VisionTransformer
-"""``(images, *, train, keys=None) -> features``, a map or tokens as ``output`` says.
+"""``(images, *, train, keys=None) -> features``, a map, tokens or a vector as ``output``
+says.
 
 ``layers()`` has the names of the modules of each layer, from the stem to the last.
 """
@@ -39,8 +41,8 @@ def make_backbone(
 
     Args:
       name: a key of ``BACKBONES``.
-      width: 64 gives the published network. It is the channels of a ResNet's stem and first stage,
-        or of an attention head of a ViT; an EfficientNet's channels are in proportion to it.
+      width: 64 gives the published network. It is the channels of a ResNet's stem and first stage;
+        those of an EfficientNet, and of a ViT's heads, are in proportion to it.
       channels: of the images.
       dtype: of the computation; parameters, BatchNorm's statistics, layer norms and softmax are
         float32.

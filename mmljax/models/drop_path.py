@@ -21,7 +21,7 @@ class ResidualBlock(nnx.Module):
     remat = False  # whether the backward pass computes its activations again
 
     def run(
-        self, x: Float[Array, "b *n f"], *, keys: PRNGKeyArray | None, **options: bool
+        self, x: Float[Array, "b *n f"], *, keys: PRNGKeyArray | None, **options: Any
     ) -> Float[Array, "b *n2 f2"]:
         """Return the block's output, rematerialised where ``remat`` says so."""
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from mmljax.config import ModelConfig, choose
 from mmljax.errors import UserError
+from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.backbones import Backbone, make_backbone
 from mmljax.models.head import Head
 from mmljax.models.pooling import POOLINGS
@@ -22,6 +23,7 @@ from mmljax.numerics import at_least_float32
 PIXEL_NORMS = {  # mean and deviation of pixels in [0, 1], red, green and blue
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     # (pixel - 127) / 128, as the published EfficientNet-Lite networks were trained
     "efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
@@ -173,7 +175,9 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         backbone,
         head,
         frozen_batch_norm=frozen,
-        pixel_norm=choose_pixel_norm(config.pixel_norm, pretrained=config.pretrained),
+        pixel_norm=choose_pixel_norm(
+            config.pixel_norm, pretrained=config.pretrained, backbone=config.backbone
+        ),
         dtype=dtype,
         remat=whole,
     )
@@ -182,13 +186,14 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
     return model
 
 
-def choose_pixel_norm(name: str, *, pretrained: str) -> str:
+def choose_pixel_norm(name: str, *, pretrained: str, backbone: str) -> str:
     """Return the key of ``PIXEL_NORMS`` for a config.
 
     Args:
       name: a key of ``PIXEL_NORMS``; or ``auto`` for that of the weights where they are a package,
-        and ``imagenet`` otherwise.
+        that of the backbone's family of ViTs otherwise, and ``imagenet`` for any other backbone.
       pretrained: ``config.model.pretrained``.
+      backbone: ``config.model.backbone``.
 
     Raises:
       UserError: if the name is unknown, or is not that of the packaged weights.
@@ -196,7 +201,8 @@ def choose_pixel_norm(name: str, *, pretrained: str) -> str:
     packaged = PACKAGED_WEIGHTS.get(pretrained)
     own = packaged.pixel_norm if packaged else None
     if name == AUTO:
-        return own or "imagenet"
+        family = ARCHITECTURES.get(backbone)
+        return own or (family.pixel_norm if family else "imagenet")
     choose({**PIXEL_NORMS, AUTO: None}, name, key="config.model.pixel_norm")
     if own and name != own:
         raise UserError(

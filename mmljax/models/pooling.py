@@ -69,6 +69,10 @@ def _patches(x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
     return x[:, 1:]
 
 
+def _as_it_is(x: Float[Array, "b f"]) -> Float[Array, "b f"]:
+    return x
+
+
 def _average_of_patches(x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
     return jnp.mean(_patches(x), axis=1)
 
@@ -85,8 +89,9 @@ POOLINGS: Mapping[str, Mapping[str, Callable[[], Callable[[Array], Array]]]] = {
         "average": lambda: _average_of_patches,
         "gem": lambda: GeM(_patches),
     },
+    "vector": {"token": lambda: _as_it_is},
 }
-"""Constructors by the backbone's ``output``.
+"""Constructors by the backbone's ``output``; ``token`` is the network's own summary of an image.
 
 timm averages the patches before the last layer norm; here it is after.
 """

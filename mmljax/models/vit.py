@@ -1,189 +1,275 @@
-"""Vision transformers: ViT-S/16 and ViT-B/16 (Dosovitskiy et al. 2020, 2010.11929).
+"""Vision transformers of all families (Dosovitskiy et al. 2020, 2010.11929).
 
-Modules have timm's names (``patch_embed``, ``blocks.0.attn.qkv``, ``norm``, ...).
+``architectures`` has the families as data. Modules have timm's names (``patch_embed``,
+``blocks.0.attn.qkv``, ``norm``, ...).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mmljax.errors import UserError
+from mmljax.mesh import AXIS
+from mmljax.models.attention import Attention, AttentionPool, Bias, Mlp, layer_norm
 from mmljax.models.convolution import conv
 from mmljax.models.drop_path import ResidualBlock
-from mmljax.numerics import at_least_float32
+from mmljax.models.positions import (
+    Filter,
+    Rotary,
+    RotaryKind,
+    resample_positions,
+    rotary_table,
+)
 
-PATCH = 16  # pixels, the side of a patch
-GRID = 14  # patches along a side of the image for which position embeddings are kept: 224 pixels
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What distinguishes one vision transformer from another."""
 
-class Attention(nnx.Module):
-    """Self-attention with several heads; one projection computes queries, keys and values."""
+    depth: int  # blocks
+    heads: int
+    head: int  # channels of a head
+    hidden: int  # channels between the two layers of an MLP
+    patch: int  # pixels, the side of a patch
+    grid: int  # patches along a side of the images of its pretraining
+    pixel_norm: str = "imagenet"  # the key of embedder.PIXEL_NORMS that it was trained with
+    activation: str = "gelu"  # a key of attention.ACTIVATIONS
+    epsilon: float = 1e-6  # of layer norms
+    class_token: bool = True
+    registers: int = 0  # further tokens without a place (Darcet et al. 2023, 2309.16588)
+    learned: bool = True  # position embeddings, of the class token and the patches
+    resampling: Filter = "bicubic"  # of position embeddings, for images of another size
+    rotary: RotaryKind = "none"  # position embeddings in the attention
+    bias: Bias = "all"  # which of queries, keys and values have one
+    layer_scale: float = 0.0  # factor of a block's branches at the start; 0: none (2103.17239)
+    pre_norm: bool = False  # a layer norm before the first block, and patches without a bias
+    pool: Literal["class", "attention", "flat"] = "class"
+    pool_heads: int = 0  # of the attention pool
+    pool_hidden: int = 0  # of its MLP
+    embedding: int = 0  # length of a vector of the flat pool
 
-    def __init__(self, size: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.heads = heads
-        self.qkv = _linear(size, 3 * size, dtype=dtype, rngs=rngs)
-        self.proj = _linear(size, size, dtype=dtype, rngs=rngs)
+    @property
+    def size(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head
 
-    def __call__(self, x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
-        """The softmax is computed in float32 (at least)."""
-        b, n, size = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.heads, size // self.heads)
-        query, key, value = (qkv[:, :, i] for i in range(3))
-        logits = jnp.einsum(
-            "bqhd,bkhd->bhqk", query, key, preferred_element_type=at_least_float32(qkv.dtype)
+    def of_width(self, width: int) -> Architecture:
+        """Return it with ``width / 64`` times the channels; heads and blocks stay as many.
+
+        With rotary positions a head has a multiple of 4 channels.
+        """
+        step = 1 if self.rotary == "none" else 4
+        head = max(1, self.head * width // 64 // step) * step
+
+        def scaled(channels: int) -> int:
+            return -(-channels * head // self.head)
+
+        return dataclasses.replace(
+            self,
+            head=head,
+            hidden=scaled(self.hidden),
+            pool_hidden=scaled(self.pool_hidden),
+            embedding=scaled(self.embedding),
         )
-        weights = jax.nn.softmax(logits / (size // self.heads) ** 0.5).astype(value.dtype)
-        return self.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(b, n, size))
-
-
-class Mlp(nnx.Module):
-    """Two layers, the inner one four times as wide, with an exact GELU."""
-
-    def __init__(self, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.fc1 = _linear(size, 4 * size, dtype=dtype, rngs=rngs)
-        self.fc2 = _linear(4 * size, size, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
-        """Transform each token separately."""
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
 class Block(ResidualBlock):
-    """Attention and MLP, each on a layer norm of its input and added to it (pre-norm)."""
+    """Attention and MLP, each on a layer norm of its input and added to it."""
 
-    def __init__(self, size: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.norm1 = _layer_norm(size, dtype=dtype, rngs=rngs)
-        self.attn = Attention(size, heads, dtype=dtype, rngs=rngs)
-        self.norm2 = _layer_norm(size, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(size, dtype=dtype, rngs=rngs)
+    def __init__(self, kind: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        size = kind.size
+        self.norm1 = layer_norm(size, epsilon=kind.epsilon, dtype=dtype, rngs=rngs)
+        self.attn = Attention(size, kind.heads, bias=kind.bias, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(size, epsilon=kind.epsilon, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(size, kind.hidden, activation=kind.activation, dtype=dtype, rngs=rngs)
+        self.gamma1, self.gamma2 = (
+            nnx.Param(jnp.full(size, kind.layer_scale)) if kind.layer_scale else None
+            for _ in range(2)
+        )
 
     def __call__(
-        self, x: Float[Array, "b n f"], *, keys: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "b n f"],
+        *,
+        keys: PRNGKeyArray | None = None,
+        rotary: Rotary | None = None,
     ) -> Float[Array, "b n f"]:
         """Return the sum of the input, the attention's output and the MLP's output.
 
         With ``keys`` each of the two outputs may be dropped.
         """
-        x = x + self.drop(self.attn(self.norm1(x)), keys)
-        return x + self.drop(self.mlp(self.norm2(x)), keys, place=1)
+        x = x + self.drop(_scale(self.attn(self.norm1(x), rotary=rotary), self.gamma1), keys)
+        return x + self.drop(_scale(self.mlp(self.norm2(x)), self.gamma2), keys, place=1)
+
+
+def _scale(x: Float[Array, "b n f"], gamma: nnx.Param[Array] | None) -> Float[Array, "b n f"]:
+    return x if gamma is None else x * gamma[...].astype(x.dtype)
+
+
+class FlatPool(nnx.Module):
+    """Two linear layers with BatchNorm on all tokens as one vector (Unicom, 2304.05884)."""
+
+    def __init__(self, inputs: int, kind: Architecture, *, rngs: nnx.Rngs) -> None:
+        def norm(channels: int) -> nnx.BatchNorm:
+            return nnx.BatchNorm(
+                channels,
+                momentum=0.9,
+                epsilon=2e-5,
+                axis_name=AXIS,
+                use_fast_variance=False,
+                rngs=rngs,
+            )
+
+        self.linear1 = nnx.Linear(inputs, kind.size, use_bias=False, precision="highest", rngs=rngs)
+        self.norm1 = norm(kind.size)
+        self.linear2 = nnx.Linear(
+            kind.size, kind.embedding, use_bias=False, precision="highest", rngs=rngs
+        )
+        self.norm2 = norm(kind.embedding)
+
+    def __call__(self, x: Float[Array, "b n f"], *, train: bool) -> Float[Array, "b d"]:
+        """Return one vector per image, by the batch's statistics in training."""
+        x = self.norm1(self.linear1(x.reshape(x.shape[0], -1)), use_running_average=not train)
+        return self.norm2(self.linear2(x), use_running_average=not train)
 
 
 class VisionTransformer(nnx.Module):
-    """Patches of 16 x 16 pixels and a class token, ``depth`` blocks and a layer norm.
+    """Patches and perhaps further tokens, blocks, a layer norm, and the network's own pooling.
 
-    Position embeddings are those of a 224 px image; for any other size they are resampled in the
-    forward pass, by a bicubic filter with antialiasing (a = -0.5): timm's numbers, though timm
-    resamples once, when it loads weights, and then trains the result. Layer norms have epsilon
-    1e-6, as torchvision's and timm's (Hugging Face: 1e-12). There is no dropout.
-    ``features`` is the length of a token.
+    Position embeddings are those of a fixed number of patches; for any other image size they are
+    resampled in the forward pass by the family's own filter. timm and OpenCLIP resample once, when
+    they load weights, and then train the result. There is no dropout.
+    ``features`` is the length of a token, or of a vector where ``output`` is ``vector``.
     """
 
-    output = "tokens"
-
     def __init__(
-        self,
-        depth: int,
-        heads: int,
-        *,
-        width: int,
-        channels: int,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, kind: Architecture, *, channels: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        size = self.features = heads * width
+        size = kind.size
+        self.kind = kind
+        self.output = "vector" if kind.pool == "flat" else "tokens"
+        self.features = kind.embedding if kind.pool == "flat" else size
         self.patch_embed = nnx.Conv(
-            channels, size, (PATCH, PATCH), strides=PATCH, padding="VALID", dtype=dtype, rngs=rngs
+            channels,
+            size,
+            (kind.patch, kind.patch),
+            strides=kind.patch,
+            padding="VALID",
+            use_bias=not kind.pre_norm,
+            dtype=dtype,
+            rngs=rngs,
         )
-        self.cls_token = nnx.Param(jnp.zeros((1, 1, size)))
-        positions = (1, 1 + GRID * GRID, size)
-        self.pos_embed = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), positions))
-        self.blocks = nnx.List([Block(size, heads, dtype=dtype, rngs=rngs) for _ in range(depth)])
-        self.norm = _layer_norm(size, dtype=dtype, rngs=rngs)
+        if kind.class_token:
+            self.cls_token = nnx.Param(jnp.zeros((1, 1, size)))
+        if kind.registers:
+            self.reg_token = nnx.Param(jnp.zeros((1, kind.registers, size)))
+        if kind.learned:
+            positions = (1, kind.class_token + kind.grid**2, size)
+            self.pos_embed = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), positions))
+        if kind.pre_norm:
+            self.norm_pre = layer_norm(size, epsilon=kind.epsilon, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([Block(kind, dtype=dtype, rngs=rngs) for _ in range(kind.depth)])
+        self.norm = layer_norm(size, epsilon=kind.epsilon, dtype=dtype, rngs=rngs)
+        if kind.pool == "attention":
+            self.attn_pool = AttentionPool(
+                size,
+                kind.pool_heads,
+                kind.pool_hidden,
+                activation=kind.activation,
+                epsilon=kind.epsilon,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        if kind.pool == "flat":
+            self.feature = FlatPool(kind.grid**2 * size, kind, rngs=rngs)
 
     def layers(self) -> list[tuple[str, ...]]:
-        """Names of the modules of each layer: the tokens' embedding, each block, the last norm."""
+        """Names of the modules of each layer: the tokens' embedding, each block, norm and pool."""
+
+        def present(*names: str) -> tuple[str, ...]:
+            return tuple(name for name in names if hasattr(self, name))
+
+        first = present("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
         blocks = [(f"blocks.{i}",) for i in range(len(self.blocks))]
-        return [("patch_embed", "cls_token", "pos_embed"), *blocks, ("norm",)]
+        return [first, *blocks, present("norm", "attn_pool", "feature")]
 
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool, keys: PRNGKeyArray | None = None
-    ) -> Float[Array, "b n features"]:
-        """Return the class token, then the patches by rows, in float32 (at least).
+    ) -> Float[Array, "b *n features"]:
+        """Return the network's own summary of an image, then the patches by rows, in float32.
 
-        Training and evaluation are the same, but for residual branches that are dropped at the
-        blocks' rates with ``keys``, one per example.
+        The summary is the class token, or what the attention pool makes of all tokens; registers
+        are left out. A network with a flat pool returns its vector alone. Training and evaluation
+        are the same, but for the BatchNorm of a flat pool, and for residual branches that are
+        dropped at the blocks' rates with ``keys``, one per example.
 
         Raises:
-          UserError: if the image's height or width is not a multiple of 16 pixels.
+          UserError: if the image's height or width is not a multiple of the patch's, or a flat
+            pool gets another number of patches than its own.
         """
-        del train
-        if x.shape[1] % PATCH or x.shape[2] % PATCH:
-            raise UserError(
-                f"--config.data.image_size: a ViT takes multiples of {PATCH} pixels, "
-                f"found an image of {x.shape[1]} x {x.shape[2]}"
-            )
+        kind = self.kind
+        tokens = self.tokens(x, keys=keys)
+        if kind.pool == "flat":
+            return self.feature(tokens, train=train)
+        patches = tokens[:, kind.class_token + kind.registers :]
+        if kind.pool == "attention":
+            summary = self.attn_pool(tokens)[:, None].astype(tokens.dtype)
+        else:
+            summary = tokens[:, :1]
+        return jnp.concatenate([summary, patches], axis=1)
+
+    def tokens(
+        self, x: Float[Array, "b h w channels"], *, keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "b n f"]:
+        """Return class token, registers and patches by rows after the last layer norm."""
+        kind = self.kind
+        self._check_size(x.shape[1], x.shape[2])
         x = self._embed_patches(x)
         b, rows, columns, size = x.shape
-        first = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (b, 1, size))
-        x = jnp.concatenate([first, x.reshape(b, rows * columns, size)], axis=1)
-        x = x + resample_positions(self.pos_embed[...], rows, columns).astype(x.dtype)
+        x = x.reshape(b, rows * columns, size)
+        if kind.class_token:
+            x = jnp.concatenate([_first(self.cls_token, x), x], axis=1)
+        if kind.learned:
+            positions = resample_positions(
+                self.pos_embed[...], kind.grid, rows, columns, kind=kind.resampling
+            )
+            x = x + positions.astype(x.dtype)
+        if kind.registers:
+            parts = [x[:, : kind.class_token], _first(self.reg_token, x), x[:, kind.class_token :]]
+            x = jnp.concatenate(parts, axis=1)
+        if kind.pre_norm:
+            x = self.norm_pre(x).astype(x.dtype)
+        rotary = rotary_table(kind.rotary, rows, columns, kind.head, int(kind.class_token))
         for block in self.blocks:
-            x = block.run(x, keys=keys)
+            x = block.run(x, keys=keys, rotary=rotary)
         return self.norm(x)
 
+    def _check_size(self, height: int, width: int) -> None:
+        patch, side = self.kind.patch, self.kind.grid * self.kind.patch
+        if height % patch or width % patch:
+            raise UserError(
+                f"--config.data.image_size: this ViT takes multiples of {patch} pixels, "
+                f"found an image of {height} x {width}"
+            )
+        if self.kind.pool == "flat" and (height, width) != (side, side):
+            raise UserError(
+                f"--config.data.image_size: this ViT takes {side} x {side} pixels alone, since its "
+                f"pooling is a layer of all patches; found an image of {height} x {width}"
+            )
+
     def _embed_patches(self, x: Array) -> Array:
-        assert self.patch_embed.bias is not None
-        kernel, bias = self.patch_embed.kernel[...], self.patch_embed.bias[...]
         dtype = self.patch_embed.dtype
-        y = conv(x.astype(dtype), kernel.astype(dtype), strides=PATCH)
-        return y + bias.astype(dtype)
+        kernel = self.patch_embed.kernel[...].astype(dtype)
+        y = conv(x.astype(dtype), kernel, strides=self.kind.patch)
+        bias = self.patch_embed.bias
+        return y if bias is None else y + bias[...].astype(dtype)
 
 
-def resample_positions(
-    positions: Float[Array, "1 m f"], rows: int, columns: int
-) -> Float[Array, "1 n f"]:
-    """Return position embeddings of the class token and of a grid of another size.
-
-    Args:
-      positions: of the class token and of ``GRID * GRID`` patches by rows.
-      rows: patches from top to bottom, of the result.
-      columns: patches from left to right.
-
-    Returns:
-      ``[1, 1 + rows * columns, f]``; as given where the grid is the same.
-    """
-    if (rows, columns) == (GRID, GRID):
-        return positions
-    size = positions.shape[-1]
-    grid = positions[:, 1:].reshape(1, GRID, GRID, size)
-    grid = jax.image.resize(grid, (1, rows, columns, size), method="cubic", antialias=True)
-    return jnp.concatenate([positions[:, :1], grid.reshape(1, rows * columns, size)], axis=1)
-
-
-VITS: Mapping[str, Callable[..., VisionTransformer]] = {
-    "vit_s16": functools.partial(VisionTransformer, 12, 6),
-    "vit_b16": functools.partial(VisionTransformer, 12, 12),
-}
-"""Constructors ``(*, width, channels, dtype, rngs)``; the width is that of a head, published: 64.
-
-Touvron et al. (2020, 2012.12877) gave the S its 6 heads.
-"""
-
-
-def _linear(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        inputs, outputs, kernel_init=nnx.initializers.normal(0.02), dtype=dtype, rngs=rngs
-    )
-
-
-def _layer_norm(size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        size, epsilon=1e-6, use_fast_variance=False, dtype=at_least_float32(dtype), rngs=rngs
-    )
+def _first(tokens: nnx.Param[Array], x: Float[Array, "b n f"]) -> Float[Array, "b k f"]:
+    return jnp.broadcast_to(tokens[...].astype(x.dtype), (x.shape[0], *tokens[...].shape[1:]))

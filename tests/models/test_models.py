@@ -468,6 +468,7 @@ def test_pixels(channels: int, norm: str) -> None:
     values = {
         "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         "half": ([0.5] * 3, [0.5] * 3),
+        "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
         "efficientnet_lite": ([127 / 255] * 3, [128 / 255] * 3),
     }
     mean, deviation = values[norm] if channels == 3 else ([0.5] * channels, [0.5] * channels)

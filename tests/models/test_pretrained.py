@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from mmljax.errors import UserError
 from mmljax.models import pretrained, weight_files
+from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.backbones import make_backbone
+from mmljax.models.vit import VisionTransformer
 from mmljax.models.weight_files import PACKAGED_WEIGHTS, locate, read_weights
 
 
@@ -153,7 +157,7 @@ def torch_names(backbone: Any) -> dict[str, np.ndarray]:
         *module, last = map(str, path)
         value = random.random(variable.shape).astype(np.float32)
         name = ".".join([*module, endings.get(last, last)])
-        theirs[name] = value.transpose(3, 2, 0, 1) if last == "kernel" else value
+        theirs[name] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
     return theirs
 
 
@@ -189,6 +193,154 @@ def test_missing_unexpected_and_misshapen_arrays_are_listed() -> None:
 def test_a_file_of_no_known_layout_says_which_are_known() -> None:
     with pytest.raises(UserError, match="is none of"):
         converted({"encoder.weird": np.zeros(3)}, small())
+
+
+SIZE, HIDDEN, PATCHES = 8, 12, 4  # of the small files below
+
+
+def layer(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def norm(name: str) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (SIZE,), f"{name}.bias": (SIZE,)}
+
+
+def siglip_file() -> dict[str, np.ndarray]:
+    """Names of a published SigLIP, one block deep, with a part of its text tower."""
+    tower = "vision_model."
+    block = f"{tower}encoder.layers.0."
+    shapes = {
+        f"{tower}embeddings.patch_embedding.weight": (SIZE, 3, 16, 16),
+        f"{tower}embeddings.patch_embedding.bias": (SIZE,),
+        f"{tower}embeddings.position_embedding.weight": (PATCHES, SIZE),
+        **norm(f"{block}layer_norm1"),
+        **norm(f"{block}layer_norm2"),
+        **norm(f"{tower}post_layernorm"),
+        **norm(f"{tower}head.layernorm"),
+        f"{tower}head.probe": (1, 1, SIZE),
+        f"{tower}head.attention.in_proj_weight": (3 * SIZE, SIZE),
+        f"{tower}head.attention.in_proj_bias": (3 * SIZE,),
+        **layer(f"{tower}head.attention.out_proj", SIZE, SIZE),
+        "text_model.encoder.layers.0.mlp.fc1.weight": (9, 9),
+        "text_model.head.weight": (9, 9),
+        "logit_scale": (1,),
+        "logit_bias": (1,),
+    }
+    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        shapes |= layer(f"{block}self_attn.{part}", SIZE, SIZE)
+    for mlp in (f"{block}mlp", f"{tower}head.mlp"):
+        shapes |= layer(f"{mlp}.fc1", HIDDEN, SIZE) | layer(f"{mlp}.fc2", SIZE, HIDDEN)
+    random = np.random.default_rng(0)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def small_vit(name: str, **changes: Any) -> VisionTransformer:
+    """A network of one block, without numbers."""
+    kind = ARCHITECTURES[name]
+    small = {"depth": 1, "heads": 2, "head": SIZE // 2, "hidden": HIDDEN, "grid": 2}
+    pool = {"pool_heads": 2, "pool_hidden": HIDDEN} if kind.pool == "attention" else {}
+    kind = dataclasses.replace(kind, **{**small, **pool, **changes})
+
+    def build() -> VisionTransformer:
+        return VisionTransformer(kind, channels=3, dtype=np.float32, rngs=nnx.Rngs(0))
+
+    return nnx.eval_shape(build)
+
+
+def test_a_siglip_file_fills_the_network_and_its_text_tower_is_ignored() -> None:
+    theirs = siglip_file()
+    found = converted(theirs, small_vit("vit_b_16_siglip"))
+    block = "vision_model.encoder.layers.0.self_attn."
+    for i, part in enumerate("qkv"):
+        columns = slice(i * SIZE, (i + 1) * SIZE)
+        weight, bias = theirs[f"{block}{part}_proj.weight"], theirs[f"{block}{part}_proj.bias"]
+        np.testing.assert_array_equal(found["blocks.0.attn.qkv.kernel"][:, columns], weight.T)
+        np.testing.assert_array_equal(found["blocks.0.attn.qkv.bias"][columns], bias)
+    positions = theirs["vision_model.embeddings.position_embedding.weight"]
+    np.testing.assert_array_equal(found["pos_embed"], positions[None])
+    packed = theirs["vision_model.head.attention.in_proj_weight"]
+    np.testing.assert_array_equal(found["attn_pool.qkv.kernel"], packed.T)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("encoder.layers.0.self_attn.k_proj.weight", None, "blocks.0.attn.qkv.kernel (part 1)"),
+        ("head.probe", None, "a SigLIP of Hugging Face, does not fit"),
+        ("post_layernorm.bias", None, "1 missing: norm.bias"),
+        ("encoder.layers.1.layer_norm1.bias", (SIZE,), "1 unexpected: vision_model.encoder.l"),
+        ("embeddings.class_embedding", (SIZE,), "1 unexpected: vision_model.embeddings.class"),
+        ("embeddings.position_embedding.weight", (9, SIZE), "(1, 9, 8) for (1, 4, 8)"),
+        ("encoder.layers.0.self_attn.q_proj.weight", (SIZE, 7), "q_proj.weight (7, 8) and"),
+        ("head.attention.in_proj_weight", (SIZE, SIZE), "in_proj_weight (8, 8) for (8, 24)"),
+    ],
+)
+def test_a_missing_unexpected_or_misshapen_array_is_named(
+    name: str, shape: tuple[int, ...] | None, words: str
+) -> None:
+    theirs = siglip_file()
+    if shape:
+        theirs[f"vision_model.{name}"] = np.zeros(shape, np.float32)
+    else:
+        del theirs[f"vision_model.{name}"]
+    with pytest.raises(UserError) as error:
+        converted(theirs, small_vit("vit_b_16_siglip"))
+    assert words in str(error.value)
+
+
+def test_a_file_of_another_family_does_not_fit() -> None:
+    with pytest.raises(UserError, match=r"SigLIP of Hugging Face, does not fit .*missing: cls_tok"):
+        converted(siglip_file(), small_vit("vit_b_16_clip"))
+
+
+def test_parts_that_a_layout_leaves_out_are_zero() -> None:
+    """timm adds the class token's position to that token; it leaves out the biases of DINOv3."""
+    registers = small_vit("dinov2_vit_s_14_reg", patch=16)
+    theirs = timm_names(registers)
+    theirs["pos_embed"] = theirs["pos_embed"][:, 1:]
+    found = converted(theirs, registers)["pos_embed"]
+    np.testing.assert_array_equal(found[:, 1:], theirs["pos_embed"])
+    assert not found[:, 0].any()
+    rotary = small_vit("dinov3_vit_s_16")
+    theirs = {
+        name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): value
+        for name, value in timm_names(rotary).items()
+        if not name.endswith("qkv_bias")
+    }
+    assert not converted(theirs, rotary)["blocks.0.attn.qkv_bias"].any()
+    own = {
+        "blocks.0.attn.q_bias": np.full(SIZE, 2.0),
+        "blocks.0.attn.v_bias": np.full(SIZE, 3.0),
+    }
+    found = converted(theirs | own, rotary)["blocks.0.attn.qkv_bias"]
+    np.testing.assert_array_equal(found, [2.0] * SIZE + [3.0] * SIZE)
+    del own["blocks.0.attn.v_bias"]
+    with pytest.raises(UserError, match=r"missing: blocks.0.attn.qkv_bias \(part 1\)"):
+        converted(theirs | own, rotary)
+
+
+def timm_names(backbone: Any) -> dict[str, np.ndarray]:
+    """Random weights by timm's names and axes, of a network whose kernels are in one part."""
+    return {
+        name.replace("patch_embed.", "patch_embed.proj.")
+        .replace("gamma1", "ls1.gamma")
+        .replace("gamma2", "ls2.gamma"): value.T if value.ndim == 2 else value
+        for name, value in torch_names(backbone).items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_half_precision_files_fill_float32_parameters(tmp_path: Path, kind: str) -> None:
+    numpy = pytest.importorskip("safetensors.numpy", reason="writes the file")
+    theirs = {name: value.astype(jnp.dtype(kind)) for name, value in siglip_file().items()}
+    numpy.save_file(theirs, tmp_path / "w.safetensors")
+    backbone = small_vit("vit_b_16_siglip")
+    pretrained.load_pretrained(backbone, str(tmp_path / "w.safetensors"))
+    found = backbone.norm.bias[...]
+    assert found.dtype == jnp.float32
+    expected = theirs["vision_model.post_layernorm.bias"].astype(np.float32)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path) -> None:

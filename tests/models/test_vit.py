@@ -14,22 +14,26 @@ from flax import nnx
 from test_models import CONFIG, assert_trees_close, rngs, run
 
 from mmljax.errors import UserError
+from mmljax.models.attention import attend, fits_cudnn, rotate
 from mmljax.models.backbones import make_backbone
 from mmljax.models.embedder import Head, make_embedder
-from mmljax.models.vit import GRID, VisionTransformer, resample_positions
+from mmljax.models.positions import resample_positions, rotary_table
+from mmljax.models.vit import Architecture, VisionTransformer
 
 HEADS = 2
+GRID = 14
 
 
 def vit(*, depth: int = 2, width: int = 3, dtype: Any = jnp.float32) -> VisionTransformer:
     """A small one whose every parameter matters."""
-    model = VisionTransformer(depth, HEADS, width=width, channels=3, dtype=dtype, rngs=rngs())
+    kind = Architecture(depth, HEADS, width, 4 * HEADS * width, patch=16, grid=GRID)
+    model = VisionTransformer(kind, channels=3, dtype=dtype, rngs=rngs())
     random = np.random.default_rng(0)
-    kind = jnp.promote_types(dtype, jnp.float32)
+    wide = jnp.promote_types(dtype, jnp.float32)
     nnx.update(
         model,
         jax.tree.map(
-            lambda x: jnp.asarray(x + 0.3 * random.normal(size=x.shape), kind), nnx.state(model)
+            lambda x: jnp.asarray(x + 0.3 * random.normal(size=x.shape), wide), nnx.state(model)
         ),
     )
     return model
@@ -113,15 +117,19 @@ def test_tokens_equal_a_slow_network() -> None:
         np.testing.assert_allclose(y[1], slow_vit(model, x[1]), rtol=1e-9, atol=1e-9)
 
 
+SIZES = [(16, 16), (7, 24), (4, 4), (2, 3)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (7, 24), (4, 4), (2, 3)])
-def test_positions_are_resampled_as_by_timm(rows: int, columns: int) -> None:
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@pytest.mark.parametrize("kind", ["bicubic", "bicubic_sharp", "bilinear"])
+def test_positions_are_resampled_as_by_torch(rows: int, columns: int, kind: Any) -> None:
     torch = pytest.importorskip("torch", reason="the peer of the resampling")
     positions = images(1, 1 + GRID * GRID, 5)
-    found = resample_positions(jnp.asarray(positions, jnp.float32), rows, columns)
+    found = resample_positions(jnp.asarray(positions, jnp.float32), GRID, rows, columns, kind=kind)
     grid = torch.from_numpy(positions[:, 1:].reshape(1, GRID, GRID, 5)).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(
-        grid, size=(rows, columns), mode="bicubic", antialias=True
+        grid, size=(rows, columns), mode=kind.split("_")[0], antialias=kind == "bicubic"
     )
     np.testing.assert_allclose(
         found[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, -1, 5).numpy(), atol=1e-5
@@ -129,9 +137,75 @@ def test_positions_are_resampled_as_by_timm(rows: int, columns: int) -> None:
     np.testing.assert_array_equal(found[:, :1], positions[:, :1].astype(np.float32))
 
 
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_antialiased_positions_are_those_of_jaxs_resize(rows: int, columns: int) -> None:
+    positions = jnp.asarray(images(1, 1 + GRID * GRID, 5), jnp.float32)
+    found = resample_positions(positions, GRID, rows, columns)
+    grid = positions[:, 1:].reshape(1, GRID, GRID, 5)
+    expected = jax.image.resize(grid, (1, rows, columns, 5), method="cubic", antialias=True)
+    np.testing.assert_allclose(found[:, 1:], expected.reshape(1, -1, 5), atol=1e-5)
+    np.testing.assert_array_equal(found[:, :1], positions[:, :1])
+
+
 def test_positions_of_the_same_grid_are_left_alone() -> None:
     positions = jnp.asarray(images(1, 1 + GRID * GRID, 5))
-    assert resample_positions(positions, GRID, GRID) is positions
+    assert resample_positions(positions, GRID, GRID, GRID) is positions
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_attention_is_the_sum_by_a_softmax(dtype: str, tolerance: float) -> None:
+    """Against numpy in float64, for one query and for several, with large logits."""
+    query, key, value = images(2, 5, 3, 8) * 6, images(2, 7, 3, 8)[:, ::-1], images(2, 7, 3, 8)
+    query, key, value = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (query, key, value))
+    for n in (1, 5):
+        found = attend(*(jnp.asarray(x, dtype) for x in (query[:, :n], key, value)))
+        assert found.dtype == dtype
+        logits = np.einsum("bqhd,bkhd->bhqk", query[:, :n], key) / math.sqrt(8)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        expected = np.einsum("bhqk,bkhd->bqhd", weights, value)
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance)
+
+
+def test_cudnn_takes_half_precision_and_heads_of_a_multiple_of_8() -> None:
+    taken = {
+        (dtype, head): fits_cudnn(jnp.zeros((2, 5, 3, head), dtype))
+        for dtype in ("float32", "bfloat16", "float16")
+        for head in (3, 64, 72, 128, 136)
+    }
+    assert {key for key, value in taken.items() if value} == {
+        (dtype, head) for dtype in ("bfloat16", "float16") for head in (64, 72, 128)
+    }
+
+
+def turned(vector: np.ndarray, angles: list[float], pairs: list[tuple[int, int]]) -> np.ndarray:
+    result = vector.copy()
+    for angle, (i, j) in zip(angles, pairs, strict=True):
+        result[i] = vector[i] * math.cos(angle) - vector[j] * math.sin(angle)
+        result[j] = vector[i] * math.sin(angle) + vector[j] * math.cos(angle)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "perception"])
+def test_rotary_positions_against_a_loop(kind: Any) -> None:
+    rows, columns, head = 2, 3, 8
+    x = images(1, 2 + rows * columns, 2, head)  # two tokens without a place
+    table = rotary_table(kind, rows, columns, head, 1)
+    assert table is not None
+    found = np.array(rotate(jnp.asarray(x, jnp.float32), table))
+    np.testing.assert_array_equal(found[:, :2], x[:, :2].astype(np.float32))
+    for i in range(rows):
+        for j in range(columns):
+            if kind == "dinov3":  # a row's place is its centre between -1 and 1; bands 1, 1 / 10
+                y, z = (math.tau * ((2 * k + 1) / n - 1) for k, n in ((i, rows), (j, columns)))
+                angles, pairs = [y, y / 10, z, z / 10], [(0, 4), (1, 5), (2, 6), (3, 7)]
+            else:  # columns first, counted from 1; bands 1, 1 / 100
+                angles = [1 + j, (1 + j) / 100, 1 + i, (1 + i) / 100]
+                pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
+            for h in range(2):
+                place = 2 + i * columns + j
+                expected = turned(x[0, place, h], angles, pairs)
+                np.testing.assert_allclose(found[0, place, h], expected, atol=1e-5)
 
 
 def test_image_of_no_whole_patches_is_refused() -> None:
