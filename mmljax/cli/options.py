@@ -135,7 +135,7 @@ def local_workdir(options: argparse.Namespace, config: Config | None) -> Path:
     from mmljax.errors import UserError
 
     if isinstance(found := workdir(options, config), str):
-        raise UserError(f"--workdir={found}: mmljax {options.verb} needs a folder of this machine")
+        raise UserError(f"--workdir={found}: mmljax {options.verb} takes a folder of this machine")
     return found
 
 

@@ -235,7 +235,12 @@ class _Lock:
 
     def __init__(self, store: _Store) -> None:
         self._store = store
-        self._token = secrets.token_hex(8)
+        self._holder = {
+            "token": secrets.token_hex(8),
+            "host": os.uname().nodename,
+            "machine": _machine(),
+            "process": os.getpid(),
+        }
         self._ended = threading.Event()
 
     def __enter__(self) -> _Lock:
@@ -315,17 +320,10 @@ class _Lock:
                     self._store.write(LOCK, self._contents())
 
     def _contents(self) -> bytes:
-        holder = {
-            "token": self._token,
-            "host": os.uname().nodename,
-            "machine": _machine(),
-            "process": os.getpid(),
-            "time": time.time(),
-        }
-        return json.dumps(holder).encode()
+        return json.dumps(self._holder | {"time": time.time()}).encode()
 
     def _is_ours(self, held: bytes | None) -> bool:
-        return held is not None and _parsed(held).get("token") == self._token
+        return held is not None and _parsed(held).get("token") == self._holder["token"]
 
 
 def _parsed(held: bytes) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
 import mock_store
+from mmljax.cli import main
 from mmljax.errors import UserError
 from mmljax.runs import remote
 
@@ -27,6 +30,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """From here on this is another machine."""
     monkeypatch.setattr(remote, "_machine", lambda: "another machine")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "other cache"))
+
+
+def run(write: Callable[[remote.Place], None] = lambda place: None, address: str = RUN) -> None:
+    """A run that does so with its place."""
+    with remote.opened(address) as place:
+        write(place)
 
 
 def test_changed_files_are_copied_and_come_back_elsewhere(store, tmp_path, monkeypatch):
@@ -74,9 +83,12 @@ def test_files_of_this_machine_give_way_to_those_at_the_address(store):
 
 
 def test_a_run_that_fails_copies_its_files_and_names_the_address(store):
-    with pytest.raises(UserError) as error, remote.opened(RUN) as place:
+    def broken(place):
         (place.local / "metrics.jsonl").write_text("nan\n")
         raise UserError(f"--workdir={place.local} holds a run of another config")
+
+    with pytest.raises(UserError) as error:
+        run(broken)
     assert str(error.value) == f"--workdir={RUN} holds a run of another config"
     assert (store / "bucket/run/metrics.jsonl").read_text() == "nan\n"
     assert not (store / "bucket/run/running.lock").exists()
@@ -87,8 +99,7 @@ def test_a_second_run_is_refused_while_the_first_lives(store, tmp_path, monkeypa
         (place.local / "metrics.jsonl").write_text("first\n")
         elsewhere(monkeypatch, tmp_path)
         with pytest.raises(UserError, match=f"--workdir={RUN} is in use by another run") as error:
-            with remote.opened(RUN):
-                pass
+            run()
         assert f"to take over, delete {RUN}/running.lock" in str(error.value)
         time.sleep(3 * remote.BEAT)
         place.push()
@@ -117,8 +128,6 @@ def test_the_lock_of_a_machine_that_vanished_is_watched_then_taken(store, age):
 @pytest.mark.parametrize("process", [2**30, "own"])
 def test_the_lock_of_a_process_that_ended_here_is_taken_at_once(store, monkeypatch, process):
     """Its own id is that of a container's process before this one."""
-    import os
-
     monkeypatch.setattr(remote, "DEAD", 1e6)
     left_behind(
         store, machine=remote._machine(), process=os.getpid() if process == "own" else process
@@ -138,7 +147,8 @@ def test_a_damaged_lock_counts_as_left_behind(store, text):
 @pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "replaced"])
 def test_a_run_that_lost_its_lock_stops_and_writes_nothing(store, deleted):
     """To delete the lock is how a user takes over."""
-    with pytest.raises(remote.Unreachable) as error, remote.opened(RUN) as place:
+
+    def losing(place):
         (place.local / "metrics.jsonl").write_text("late\n")
         (store / "bucket/run/running.lock").unlink()
         if not deleted:
@@ -146,9 +156,12 @@ def test_a_run_that_lost_its_lock_stops_and_writes_nothing(store, deleted):
             left_behind(store)
         time.sleep(3 * remote.BEAT)
         place.push()
+
+    with pytest.raises(remote.Unreachable) as error:
+        run(losing)
     said = "was deleted" if deleted else "was taken over by process 1 on h"
     assert said in str(error.value)
-    assert f"the files of this session remain in {place.local};" in str(error.value)
+    assert f"the files of this session remain in {remote.working_copy(RUN)};" in str(error.value)
     assert mock_store.writes(store) == []
     assert (store / "bucket/run/running.lock").exists() == (not deleted)
 
@@ -163,20 +176,23 @@ def test_a_failed_write_is_repeated(store):
 
 def test_a_store_that_stays_away_is_one_line_and_the_files_are_kept(store, monkeypatch):
     monkeypatch.setattr(remote, "BEAT", 100)
-    with pytest.raises(remote.Unreachable) as error, remote.opened(RUN) as place:
+
+    def cut_off(place):
         (place.local / "metrics.jsonl").write_text("kept\n")
         mock_store.fail(store, 1000)
         place.push()
+
+    with pytest.raises(remote.Unreachable) as error:
+        run(cut_off)
     text = str(error.value)
     assert text.startswith(f"--workdir={RUN} cannot be written (the network is down); check")
-    assert f"the files of this session remain in {place.local};" in text
-    assert (place.local / "metrics.jsonl").read_text() == "kept\n"
+    assert f"the files of this session remain in {remote.working_copy(RUN)};" in text
+    assert (remote.working_copy(RUN) / "metrics.jsonl").read_text() == "kept\n"
 
 
 def test_a_missing_bucket_is_one_line(store):
     with pytest.raises(UserError, match="mock://other/run cannot be written .*that the bucket ex"):
-        with remote.opened("mock://other/run"):
-            pass
+        run(address="mock://other/run")
 
 
 def test_addresses_that_cannot_hold_a_run_are_refused(store):
@@ -216,3 +232,10 @@ def test_reading_commands_get_a_copy_that_knows_its_checkpoints(store):
     assert remote.fetched(store) == store
     with pytest.raises(UserError, match="run mock://bucket/none does not exist"):
         remote.fetched("mock://bucket/none")
+
+
+@pytest.mark.parametrize("verb", ["doctor", "sweep"])
+def test_verbs_that_need_a_folder_say_so(verb, capsys):
+    assert main([verb, "--config", "quickstart", "--workdir", RUN]) == 2
+    said = capsys.readouterr().err
+    assert said == f"mmljax: error: --workdir={RUN}: mmljax {verb} takes a folder of this machine\n"
