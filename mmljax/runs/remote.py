@@ -245,10 +245,10 @@ class _Lock:
 
     def __enter__(self) -> _Lock:
         while True:
-            with contextlib.suppress(FileExistsError):
-                self._store.write(LOCK, self._contents(), create=True)
             held = self._store.read(LOCK)
-            if held is None:  # released in between
+            if held is None:
+                with contextlib.suppress(FileExistsError):
+                    self._store.write(LOCK, self._contents(), create=True)
                 continue
             if self._is_ours(held):
                 break

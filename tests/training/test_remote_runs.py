@@ -1,4 +1,4 @@
-"""Whole runs whose workdir is an address equal local ones, also broken off and on other machines."""
+"""Whole runs at an address equal local ones, also broken off and on other machines."""
 
 from __future__ import annotations
 
