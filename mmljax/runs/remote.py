@@ -242,6 +242,7 @@ class _Lock:
             "process": os.getpid(),
         }
         self._ended = threading.Event()
+        self._refresher = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> _Lock:
         while True:
@@ -255,11 +256,12 @@ class _Lock:
             if self._is_dead(held):  # two that find this at once: the last to write has it
                 _log.warning("%s/%s is taken over from a run that ended", self._store.address, LOCK)
                 self._store.write(LOCK, self._contents())
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        self._refresher.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
+        self._refresher.join(timeout=BEAT)  # else it could write the lock again
         with contextlib.suppress(UserError):
             if self._is_ours(self._store.read(LOCK)):
                 self._store.delete(LOCK)

@@ -56,6 +56,7 @@ class Checkpoints:
         """
         self._best_by = best_by
         self.directory = directory = located(directory)
+        """Where the steps' folders are."""
         problem: UserError | None = None
         if is_main_process():
             try:
