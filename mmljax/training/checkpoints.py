@@ -36,8 +36,8 @@ class Checkpoints:
     moving average if the run has one, contribution weights, cross-batch memory, random key and the
     step, which is also the position in the data. It is written to a temporary folder and renamed
     when whole, so a run that is killed while saving resumes from the one before. One that cannot be
-    read all the same is reported and moved into ``torn`` beside the others, and the one before it
-    is used.
+    read all the same is reported and moved into ``torn`` beside the others (in a bucket, beside
+    their folder), and the one before it is used.
 
     Raises:
       UserError: if there are checkpoints and none can be read.
@@ -261,6 +261,8 @@ class PartialCheckpoint:
 
 def _set_aside_torn(directory: Path) -> None:
     """Move checkpoints that cannot be read into ``torn``, until a whole one is found."""
+    # Among the checkpoints of a bucket, orbax would delete it, as one that was not finished.
+    torn = (directory.parent if is_remote(directory) else directory) / TORN
     problems = []
     whole = False
     for step in reversed(steps_in(directory)):
@@ -270,14 +272,14 @@ def _set_aside_torn(directory: Path) -> None:
             continue
         problems.append(f"step {step}: {problem}")
         _log.warning("checkpoint of step %d cannot be read and is skipped (%s)", step, problem)
-        (directory / TORN).mkdir(exist_ok=True)
-        moved = directory / TORN / f"{step}-{time.time_ns()}"
+        torn.mkdir(exist_ok=True)
+        moved = torn / f"{step}-{time.time_ns()}"
         moved.with_suffix(".txt").write_text(problem)  # in a bucket, this makes the folder
         (directory / str(step)).rename(moved)
     if problems and not whole:
         raise UserError(
             f"no checkpoint of {directory} can be read ({'; '.join(problems)}); they are in "
-            f"{directory / TORN}: restore them from a copy, or start again with another --workdir"
+            f"{torn}: restore them from a copy, or start again with another --workdir"
         )
 
 
