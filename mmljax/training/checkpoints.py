@@ -262,7 +262,8 @@ class PartialCheckpoint:
 def _set_aside_torn(directory: Path) -> None:
     """Move checkpoints that cannot be read into ``torn``, until a whole one is found."""
     # Among the checkpoints of a bucket, orbax would delete it, as one that was not finished.
-    torn = (directory.parent if is_remote(directory) else directory) / TORN
+    bucket = is_remote(directory)
+    torn = (directory.parent if bucket else directory) / TORN
     problems = []
     whole = False
     for step in reversed(steps_in(directory)):
@@ -273,9 +274,9 @@ def _set_aside_torn(directory: Path) -> None:
         problems.append(f"step {step}: {problem}")
         _log.warning("checkpoint of step %d cannot be read and is skipped (%s)", step, problem)
         torn.mkdir(exist_ok=True)
-        moved = torn / f"{step}-{time.time_ns()}"
-        moved.with_suffix(".txt").write_text(problem)  # in a bucket, this makes the folder
-        (directory / str(step)).rename(moved)
+        if bucket:  # which has a folder when it has a file
+            (torn / f"{step}.txt").write_text(problem)
+        (directory / str(step)).rename(torn / f"{step}-{time.time_ns()}")
     if problems and not whole:
         raise UserError(
             f"no checkpoint of {directory} can be read ({'; '.join(problems)}); they are in "
