@@ -84,7 +84,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOCK_STORE", str(store))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     register()
-    for name, value in (("BEAT", 0.1), ("DEAD", 0.6), ("PAUSES", (0.01, 0.01))):
+    for name, value in (("BEAT", 0.1), ("DEAD", 2.0), ("PAUSES", (0.01, 0.01))):
         monkeypatch.setattr(remote, name, value)
     return store
 
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     from mmljax.runs import remote
 
     register()
-    remote.BEAT, remote.DEAD, remote.PAUSES = 0.2, 1.0, (0.1,)
+    remote.BEAT, remote.DEAD, remote.PAUSES = 0.2, 8.0, (0.1,)
     if name := os.environ.get("MOCK_MACHINE"):
         remote._machine = lambda: name  # type: ignore[assignment]
     sys.exit(main(["train", *sys.argv[1:]]))
