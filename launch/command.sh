@@ -24,6 +24,28 @@ run() {
   if $dry_run; then show "$@"; else "$@"; fi
 }
 
+# Run a command and return its exit code. SIGTERM and Ctrl-C to this script are passed on to it as
+# SIGTERM, once pass_signals was called.
+child="" interrupted=false stopped=false
+pass_signals() {
+  trap 'stopped=true interrupted=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' \
+    TERM INT
+}
+wait_for() {
+  local code
+  "$@" &
+  child=$!
+  ! $stopped || kill -TERM "$child" 2>/dev/null || true # it came before child was set
+  while true; do
+    interrupted=false code=0
+    wait "$child" || code=$?
+    if ! $interrupted; then # else the signal ended wait, not the command
+      child=""
+      return "$code"
+    fi
+  done
+}
+
 plan=true        # set to false by --no-plan
 planner=python   # set by --planner
 

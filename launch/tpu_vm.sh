@@ -11,6 +11,9 @@
 #   install   put this checkout's HEAD and its requirements on all workers; again after a commit
 #   run       start mmljax train with the arguments after -- on all workers, in the background
 #   logs      follow the output of one worker
+#   session   all of it: create the TPU VM unless it is there (again, if it was preempted), wait until it
+#             is active, install, start the run unless it runs, and wait for its exit code, which is that
+#             of this command; SIGTERM and Ctrl-C stop the run first. For launch/restart.sh
 #   stop      make the run save and end, on all workers, and wait for that
 #   kill      end the run at once on all workers; the steps after its last checkpoint are lost
 #   fetch     copy a file or folder of worker 0 to this machine
@@ -18,6 +21,7 @@
 #
 #   --name NAME, --zone ZONE   of the TPU VM; always needed
 #   --project PROJECT          default: gcloud's own
+#   --poll SECONDS             session: between two looks (default 30)
 #   --direct                   create, status, delete: without a queued resource of the same name
 #   --type TYPE                create: such as v5litepod-16; what a zone has:
 #                              gcloud compute tpus accelerator-types list --zone ZONE
@@ -27,6 +31,7 @@
 #                              and v6e by the type
 #   --planner PROGRAM          Python here that has mmljax[tpu] (default python)
 #   --no-plan                  create, run: without mmljax plan
+#   --quiet                    delete: without being asked
 #   --worker N                 logs: default 0
 #   --from PATH, --to PATH     fetch: remote (relative to the home directory) and local
 #   --dry-run                  print the commands and run nothing
@@ -35,13 +40,13 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
 
-name="" zone="" type="" version="" worker=0 from="" to="" direct=false spot=() project=()
-topology=""
+name="" zone="" type="" version="" worker=0 from="" to="" direct=false quiet=() spot=() project=()
+topology="" poll=30 given=("$@")
 action=${1:-}
 case $action in
-  create | status | install | run | logs | stop | kill | fetch | delete) shift ;;
+  create | status | install | run | session | logs | stop | kill | fetch | delete) shift ;;
   --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
-  *) fail "the first argument must be create, status, install, run, logs, stop, kill, fetch or \
+  *) fail "the first argument must be create, status, install, run, session, logs, stop, kill, fetch or \
 delete, found '$action'; see --help" ;;
 esac
 while (($#)); do
@@ -57,8 +62,10 @@ while (($#)); do
     --topology) needs "$@"; topology=$2; shift 2 ;;
     --planner) needs "$@"; planner=$2; shift 2 ;;
     --no-plan) plan=false; shift ;;
+    --poll) needs "$@"; poll=$2; shift 2 ;;
     --direct) direct=true; shift ;;
     --spot) spot=(--spot); shift ;;
+    --quiet) quiet=(--quiet); shift ;;
     --dry-run) dry_run=true; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit ;;
     --) shift; break ;;
@@ -68,8 +75,9 @@ done
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name must be the TPU VM's name (a-z, 0-9, -), \
 found '$name'"
 [[ -n $zone ]] || fail "--zone is missing: the zone of the TPU VM, such as us-west4-a"
-[[ $action == run || $action == create ]] || ((!$#)) || fail "only create and run take arguments \
-after a --, found '$1'"
+[[ $action =~ ^(run|create|session)$ ]] || ((!$#)) || fail "only create, run and session take \
+arguments after a --, found '$1'"
+[[ $poll =~ ^[0-9]+$ ]] || fail "--poll must be a number of seconds, found '$poll'"
 
 where=("--zone=$zone" "${project[@]}")
 tpu=(gcloud compute tpus tpu-vm)
@@ -77,6 +85,28 @@ queue=(gcloud compute tpus queued-resources)
 
 on_workers() { # workers, command
   run "${tpu[@]}" ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
+}
+
+# Start the run in the background on all workers; $1 is the exit code where one is in progress. The
+# run's own code is written to run.code.
+start_run() { # code, arguments of mmljax train
+  local busy=$1
+  shift
+  on_workers all "set -e; cd mmljax; \
+if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; \
+then echo 'a run is in progress; stop it first' >&2; exit $busy; fi; rm -f run.code run.pid; \
+MMLJAX_DISTRIBUTED=1 nohup sh -c '\"\$@\" & echo \$! >run.pid; wait \$!; echo \$? >run.code' run \
+.venv/bin/python -m mmljax.main $(show "$@") >>run.log 2>&1 </dev/null & \
+until [ -s run.code ] || kill -0 \$(cat run.pid 2>/dev/null) 2>/dev/null; do sleep 0.1; done"
+}
+
+# The state of the request, such as ACTIVE, or of the TPU VM, such as READY; NONE if it is not there.
+state_of() {
+  local describe=("${queue[@]}" describe "$name" "${where[@]}" "--format=value(state.state)")
+  if $direct; then
+    describe=("${tpu[@]}" describe "$name" "${where[@]}" "--format=value(state)")
+  fi
+  "${describe[@]}" 2>/dev/null || echo NONE
 }
 
 case $action in
@@ -111,16 +141,48 @@ give --topology, such as v5p:2x2x1, or --no-plan"
 git fetch --quiet ../mmljax.bundle HEAD; git checkout --quiet --detach FETCH_HEAD; \
 python3 -m pip install --quiet --user uv; \
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv; \
-python3 -m uv pip install --quiet --python .venv/bin/python -e '.[data,plot,tpu]'"
+python3 -m uv pip install --quiet --python .venv/bin/python -e '.[data,plot,tpu,gcs]'"
     ;;
   run)
     (($#)) || fail "nothing to run: give the arguments of mmljax train after a --"
     plan_first "$topology" "$@"
-    on_workers all "set -e; cd mmljax; \
-if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; \
-then echo 'a run is in progress; stop it first' >&2; exit 1; fi; \
-MMLJAX_DISTRIBUTED=1 nohup .venv/bin/python -m mmljax.main $(show "$@") \
->>run.log 2>&1 </dev/null & echo \$! >run.pid"
+    start_run 1 "$@"
+    ;;
+  session)
+    (($#)) || fail "nothing to run: give the arguments of mmljax train after a --"
+    # The same options for each action; only create is also given the run, to plan it.
+    options=("${given[@]:1:$((${#given[@]} - $# - 2))}")
+    script=${BASH_SOURCE[0]}
+    if $dry_run; then
+      "$script" create "${options[@]}" -- "$@"
+      "$script" install "${options[@]}"
+      start_run 0 "$@"
+      exit
+    fi
+    pass_signals
+    case $(state_of) in
+      NONE) "$script" create "${options[@]}" -- "$@" ;;
+      SUSPEND* | FAILED | PREEMPTED | TERMINATED | STOPPED)
+        echo "$name was preempted; creating it again" >&2
+        "$script" delete "${options[@]}" --quiet
+        "$script" create "${options[@]}" --no-plan
+        ;;
+    esac
+    until state=$(state_of) && [[ $state == ACTIVE || $state == READY ]]; do
+      ! $stopped || exit 75
+      case $state in
+        NONE | FAILED | SUSPEND* | PREEMPTED) echo "$name is $state" >&2; exit 1 ;;
+      esac
+      wait_for sleep "$poll" || true
+    done
+    "$script" install "${options[@]}"
+    start_run 0 "$@"
+    look="cd mmljax; if kill -0 \$(cat run.pid) 2>/dev/null; then echo runs; else cat run.code; fi"
+    while code=$(on_workers 0 "$look" | tail -n 1) && [[ $code == runs ]]; do
+      if $stopped; then "$script" stop "${options[@]}"; else wait_for sleep "$poll" || true; fi
+    done
+    [[ $code =~ ^[0-9]+$ ]] || { echo "$name is gone" >&2; exit 1; }
+    exit "$code"
     ;;
   logs) on_workers "$worker" "tail -n 100 -F mmljax/run.log" ;;
   stop)
@@ -138,10 +200,10 @@ echo 'still saving after 10 minutes; wait, or use kill' >&2; exit 1"
     what="the TPU VM $name with its disk, ${where[*]}"
     if $direct; then
       printf '# deletes %s\n' "$what"
-      run "${tpu[@]}" delete "$name" "${where[@]}"
+      run "${tpu[@]}" delete "$name" "${where[@]}" "${quiet[@]}"
     else
       printf '# deletes the queued resource %s and %s\n' "$name" "$what"
-      run "${queue[@]}" delete "$name" "${where[@]}" --force
+      run "${queue[@]}" delete "$name" "${where[@]}" --force "${quiet[@]}"
     fi
     ;;
 esac

@@ -51,8 +51,19 @@ def initialize_distributed() -> None:
 
 
 def make_mesh(devices: Any = None) -> Mesh:
-    """A mesh of all devices (or of those given) along the one axis."""
+    """A mesh of all devices (or of those given) along the one axis.
+
+    Raises:
+      UserError: if they are of several TPU slices. (GPUs of one run count as slices by machine.)
+    """
     devices = jax.devices() if devices is None else devices
+    slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
+    if len(slices) > 1:
+        raise UserError(
+            f"the devices are of {len(slices)} TPU slices, but a run takes those of one: between "
+            "slices, every step's collectives would cross the data-centre network; start one run "
+            "per slice, or ask for one larger slice (no MEGASCALE_* variables)"
+        )
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 

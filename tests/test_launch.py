@@ -21,7 +21,7 @@ from mmljax.errors import Preempted
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = ("local.sh", "slurm.sh", "tpu_vm.sh", "jobset.sh")
+SCRIPTS = ("local.sh", "slurm.sh", "tpu_vm.sh", "jobset.sh", "restart.sh")
 HARD = ["--config", "configs/quickstart.py", "--workdir", 'a b/it\'s $HOME; `x` "*"', "", "\\\n"]
 TPU = ["--name", "my-tpu", "--zone", "us-west4-a"]
 JOBSET = json.loads((ROOT / "tests" / "jobset.schema.json").read_text())
@@ -94,6 +94,9 @@ DRY_RUNS = {  # by the name of the golden file
     "tpu_install": f"tpu_vm.sh install {ON} --dry-run",
     "tpu_run": f"tpu_vm.sh run {ON} --dry-run -- --config configs/inshop.py",
     "tpu_run_hard": ["tpu_vm.sh", "run", *TPU, "--dry-run", "--", *HARD],
+    "tpu_session": f"tpu_vm.sh session {ON} --type v5litepod-8 --version v2-alpha-tpuv5-lite --spot"
+    " --no-plan --dry-run -- --config configs/inshop.py --workdir gs://bucket/run",
+    "restart": ["restart.sh", "--dry-run", "--", "mmljax", "train", *HARD],
     "tpu_logs": f"tpu_vm.sh logs {ON} --worker 3 --dry-run",
     "tpu_stop": f"tpu_vm.sh stop {ON} --dry-run",
     "tpu_kill": f"tpu_vm.sh kill {ON} --dry-run",
@@ -156,13 +159,21 @@ def test_every_golden_file_is_compared():
         ("tpu_vm.sh delete --zone us-west4-a", "--name"),
         ("tpu_vm.sh delete --name my-tpu", "--zone"),
         ("tpu_vm.sh delete --name --zone us-west4-a", "--name needs a value"),
-        ("tpu_vm.sh delete --name my-tpu --zone us-west4-a -- other", "only create and run take"),
+        (
+            "tpu_vm.sh delete --name my-tpu --zone us-west4-a -- other",
+            "only create, run and session take",
+        ),
         ("tpu_vm.sh create --name my-tpu --zone us-west4-a", "--type and --version"),
         (
             "tpu_vm.sh create --name a --zone b --type v5p-8 --version c -- --config d",
             "give --topology, such as v5p:2x2x1",
         ),
         ("tpu_vm.sh run --name my-tpu --zone us-west4-a", "after a --"),
+        ("tpu_vm.sh session --name my-tpu --zone us-west4-a", "after a --"),
+        ("tpu_vm.sh session --name my-tpu --zone us-west4-a --poll soon -- x", "found 'soon'"),
+        ("restart.sh", "after a --"),
+        ("restart.sh --failures 0 -- x", "found '0'"),
+        ("restart.sh --pause x -- x", "found '600' and 'x'"),
         ("tpu_vm.sh fetch --name my-tpu --zone us-west4-a --from x", "--from and --to"),
     ],
 )
@@ -554,7 +565,7 @@ def test_tpu_install_brings_the_revision_and_can_be_repeated(worker, tmp_path):
     assert head(worker.home / "mmljax") == head(ROOT)
     assert (worker.home / "mmljax" / "pyproject.toml").exists()
     assert [arguments[1] for arguments, _ in recorded(record)] == ["pip", "uv", "uv"] * 2
-    assert recorded(record)[2][0][-1] == ".[data,plot,tpu]"
+    assert recorded(record)[2][0][-1] == ".[data,plot,tpu,gcs]"
 
 
 def test_tpu_fetch_copies_a_folder(worker, tmp_path):
@@ -563,3 +574,132 @@ def test_tpu_fetch_copies_a_folder(worker, tmp_path):
     done = worker("fetch", "--from", "runs", "--to", str(tmp_path / "my runs"))
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "my runs" / "results.json").read_text() == "{}"
+
+
+# restart.sh, and the session of a TPU VM that it starts again.
+
+
+def restarted(tmp_path, codes, *options, seconds=0):
+    """Exit code, number of starts and messages of a command that ends with these codes in turn."""
+    command = program(
+        tmp_path / "command",
+        f"#!{sys.executable}\n"
+        "import sys, time\n"
+        f"with open({str(tmp_path / 'starts')!r}, 'a+') as file:\n"
+        "    file.seek(0)\n"
+        "    start = len(file.read())\n"
+        "    file.write('.')\n"
+        f"time.sleep({seconds})\n"
+        f"sys.exit({codes}[start])\n",
+    )
+    done = launch("restart.sh", "--pause", "0", *options, "--", str(command))
+    return done.returncode, len((tmp_path / "starts").read_text()), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([0], 0),
+        ([75, 75, 75, 75, 0], 0),
+        ([1, 137, 75, 1, 255, 0], 0),  # never three failures in a row
+        ([2], 2),
+        ([75, 130], 130),
+        ([1, 75, 1, 1, 7], 7),
+    ],
+)
+def test_a_run_is_started_again_until_it_is_finished_or_fails_thrice(tmp_path, codes, code):
+    found, starts, _ = restarted(tmp_path, codes, "--failures", "3")
+    assert (found, starts) == (code, len(codes))
+
+
+def test_a_failure_after_a_long_time_is_none_in_a_row(tmp_path):
+    code, starts, said = restarted(
+        tmp_path, [1, 1, 1, 0], "--failures", "2", "--quick", "1", seconds=1.1
+    )
+    assert (code, starts) == (0, 4)
+    assert said.startswith("restart.sh: code 1 after ")
+
+
+def test_quick_failures_end_with_one_line(tmp_path):
+    _, _, said = restarted(tmp_path, [3, 3], "--failures", "2")
+    line = "restart.sh: 2 failures in a row within 600 s of their start; the last has code 3"
+    assert said.splitlines()[-1] == line
+
+
+def test_sigterm_to_the_loop_saves_the_run_and_ends_it(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    command = program(
+        tmp_path / "command",
+        f"#!{sys.executable}\n"
+        "import signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(0.3)\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"print(file=open({str(fifo)!r}, 'w'))\n"
+        "time.sleep(60)\n",
+    )
+    loop = subprocess.Popen(["launch/restart.sh", "--", str(command)], cwd=ROOT)
+    fifo.read_text()  # waits for the command
+    loop.terminate()
+    assert loop.wait(timeout=20) == 75
+
+
+def test_a_session_outlives_a_preempted_tpu_vm(tmp_path):
+    """A stand-in for gcloud: the first VM is lost in the run; the second finishes it."""
+    record, home = tmp_path / "record", tmp_path / "home"
+    home.mkdir()
+    program(
+        tmp_path / "bin" / "gcloud",
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        f"home, record = pathlib.Path({str(home)!r}), pathlib.Path({str(record)!r})\n"
+        "action, words = sys.argv[4], ' '.join(sys.argv[5:])\n"
+        "with record.open('a') as file:\n"
+        "    file.write(action + (' run' if 'mmljax.main' in words else '') + '\\n')\n"
+        "state = home / 'state'\n"
+        "if action == 'create':\n"
+        "    state.write_text('WAITING_FOR_RESOURCES')\n"
+        "if action == 'delete':\n"
+        "    assert '--quiet' in words\n"
+        "    state.unlink()\n"
+        "if action == 'describe':\n"
+        "    print(state.read_text())\n"
+        "    if state.read_text().startswith('WAIT'):\n"
+        "        state.write_text('ACTIVE')\n"
+        "looks = home / 'looks'\n"
+        "if action == 'ssh' and 'run.code; fi' in words:\n"
+        "    count = len(looks.read_text()) if looks.exists() else 0\n"
+        "    looks.write_text('.' * (count + 1))\n"
+        "    if count == 1:\n"
+        "        state.write_text('SUSPENDED')\n"
+        "        sys.exit(255)\n"
+        "    print(['runs', '', 'runs', '0'][count])\n",
+    )
+    recorder(tmp_path / "bin" / "git", tmp_path / "git")
+    done = launch(
+        *("restart.sh", "--pause", "0", "--", "launch/tpu_vm.sh", "session", *TPU, "--spot"),
+        *("--type", "v5litepod-8", "--version", "v", "--poll", "0", "--no-plan", "--", "--config"),
+        *("c.py", "--workdir", "gs://bucket/run"),
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        TMPDIR=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "my-tpu is gone" in done.stderr
+    begin = ["create", "describe", "describe", "scp", "ssh", "ssh run"]
+    assert record.read_text().splitlines() == [
+        *("describe", *begin, "ssh", "ssh"),
+        *("describe", "delete", *begin, "ssh", "ssh"),
+    ]
+
+
+def test_a_worker_keeps_the_exit_code_of_its_run(worker):
+    program(worker.home / "mmljax/.venv/bin/python", f"#!{sys.executable}\nraise SystemExit(7)\n")
+    assert worker("run", "--", "x").returncode == 0
+    code = worker.home / "mmljax/run.code"
+    for _ in range(200):
+        if code.exists() and code.read_text():
+            break
+        time.sleep(0.05)
+    assert code.read_text() == "7\n"

@@ -1,11 +1,13 @@
-"""The rows that a process loads."""
+"""The rows that a process loads, and the devices that a run takes."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import pytest
 
 from mmljax.errors import UserError
-from mmljax.mesh import process_rows
+from mmljax.mesh import make_mesh, process_rows
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,15 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
 
 def test_one_process_loads_all_rows() -> None:
     assert process_rows(96, key="config.data.batch_size") == slice(0, 96)
+
+
+class Chip(NamedTuple):
+    """A device, as far as a mesh is refused for it."""
+
+    platform: str
+    slice_index: int
+
+
+def test_tpu_devices_of_several_slices_are_refused() -> None:
+    with pytest.raises(UserError, match="of 2 TPU slices, but a run takes those of one"):
+        make_mesh([Chip("tpu", 0), Chip("tpu", 1), Chip("tpu", 0)])

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from mmljax.allocator import keep_freed_memory
+from mmljax.cli.options import fetch_runs
 from mmljax.errors import Preempted, UserError
 from mmljax.text import nearest, one_line, printable
 
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         keep_freed_memory()
         with logging_to_stderr():
+            fetch_runs(options)
             return options.command(options)
     except UserError as error:
         return _fail(f"error: {one_line(error, limit=10_000)}", 2)

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     config = shared.load_config(options)
     failed = False
     for verdict, name, text in examine(
-        config, shared.workdir(options, config), seconds=options.seconds
+        config, shared.local_workdir(options, config), seconds=options.seconds
     ):
         print(f"{verdict:<5} {name:<19} {printable(text)}", flush=True)
         failed |= verdict == "FAIL"

@@ -26,10 +26,31 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def place(text: str) -> Path | str:
+    """An argparse type: a path, or as it stands an address such as ``gs://bucket/run``."""
+    return text if "://" in text else Path(text)
+
+
+def fetch_runs(options: argparse.Namespace) -> None:
+    """Replace the addresses of runs among the options by copies of their small files.
+
+    Raises:
+      UserError: if one cannot be read.
+    """
+    for name in ("run", "run_a", "run_b"):
+        if isinstance(address := getattr(options, name, None), str):
+            from mmljax.runs.remote import fetched
+
+            setattr(options, name, fetched(address))
+
+
 def add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
     """``RUN``, the directory of a run."""
     parser.add_argument(
-        name, metavar=name.upper(), type=Path, help="directory of a run: the --workdir of train"
+        name,
+        metavar=name.upper(),
+        type=place,
+        help="directory or address of a run: the --workdir of train",
     )
 
 
@@ -83,9 +104,9 @@ def add_config(parser: argparse.ArgumentParser, *, workdir: bool = True) -> None
         return
     parser.add_argument(
         "--workdir",
-        type=Path,
-        help="where the run is kept and resumed; default: runs/NAME-FINGERPRINT, from the "
-        "config's name and values",
+        type=place,
+        help="where the run is kept and resumed, a folder or gs://BUCKET/RUN; default: "
+        "runs/NAME-FINGERPRINT, from the config's name and values",
     )
 
 
@@ -105,8 +126,21 @@ def load_config(options: argparse.Namespace) -> Config | None:
     return None
 
 
-def workdir(options: argparse.Namespace, config: Config | None) -> Path:
-    """The directory that ``--workdir`` names, or the default one of the config."""
+def local_workdir(options: argparse.Namespace, config: Config | None) -> Path:
+    """``workdir``, of verbs that need a folder of this machine.
+
+    Raises:
+      UserError: if it is an address.
+    """
+    from mmljax.errors import UserError
+
+    if isinstance(found := workdir(options, config), str):
+        raise UserError(f"--workdir={found}: mmljax {options.verb} takes a folder of this machine")
+    return found
+
+
+def workdir(options: argparse.Namespace, config: Config | None) -> Path | str:
+    """The directory or address that ``--workdir`` names, or the config's default directory."""
     from mmljax import config as configs
 
     if options.workdir is not None:

@@ -45,11 +45,11 @@ def run(options: argparse.Namespace) -> int:
     config = shared.load_config(options)
     if config is None:
         raise UserError("--config is missing; for a linear head on features: --config heads")
-    runs = _runs(options, shared.workdir(options, config))
+    runs = _runs(options, shared.local_workdir(options, config))
     from mmljax.runs.writer import score_keys
     from mmljax.training.sweep import sweep, sweep_table
 
-    rows = sweep(runs, shared.workdir(options, config))
+    rows = sweep(runs, shared.local_workdir(options, config))
     scored = [row for row in rows if "scores" in row]
     if not scored:
         raise UserError(f"no run of the sweep ended well: {rows[0]['error']}")

@@ -26,6 +26,7 @@ from mmljax.mesh import make_mesh, replicated
 from mmljax.models.embedder import make_embedder
 from mmljax.retrieval.evaluate import make_embed
 from mmljax.runs.reader import CONFIG, read_config
+from mmljax.runs.remote import checkpoints_of, fetched
 from mmljax.training.checkpoints import PartialCheckpoint, steps_in
 from mmljax.training.state import make_model
 from mmljax.types import Params
@@ -66,17 +67,17 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     True
 
     Args:
-      path: a run's directory, its ``checkpoints``, or one of these.
+      path: a run's directory, its ``checkpoints``, or one of these; or the address of a run.
       step: of the checkpoint; the latest if None.
 
     Raises:
       UserError: if there is no run, no checkpoint or no such step, the config is damaged, or the
         checkpoint does not fit it.
     """
-    run, step = _run_and_step(Path(path), step)
+    run, step = _run_and_step(fetched(path), step)
     config = read_config(run)
     step = _checked_step(run, step)
-    checkpoint = PartialCheckpoint(run / "checkpoints", step=step)
+    checkpoint = PartialCheckpoint(checkpoints_of(run), step=step)
     shapes, mesh = checkpoint.shapes(), make_mesh()
     averaged = any(name.startswith("average.") for name in shapes)
     if config.data.source == FEATURES:
@@ -132,7 +133,7 @@ def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
 
 
 def _checked_step(run: Path, step: int | None) -> int:
-    steps = steps_in(run / "checkpoints")
+    steps = steps_in(checkpoints_of(run))
     if not steps:
         raise UserError(
             f"run {run} has no complete checkpoint yet; wait for the first one "

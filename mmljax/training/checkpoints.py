@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from mmljax.data.paths import is_remote
 from mmljax.errors import UserError
 from mmljax.mesh import agree, is_main_process
 from mmljax.text import one_line
@@ -33,25 +36,27 @@ class Checkpoints:
     moving average if the run has one, contribution weights, cross-batch memory, random key and the
     step, which is also the position in the data. It is written to a temporary folder and renamed
     when whole, so a run that is killed while saving resumes from the one before. One that cannot be
-    read all the same is reported and moved into ``torn`` beside the others, and the one before it
-    is used.
+    read all the same is reported and moved into ``torn`` beside the others (in a bucket, beside
+    their folder), and the one before it is used.
 
     Raises:
       UserError: if there are checkpoints and none can be read.
     """
 
     def __init__(
-        self, directory: Path, *, keep_last: int, keep_best: int, best_by: str = "recall@1"
+        self, directory: Path | str, *, keep_last: int, keep_best: int, best_by: str = "recall@1"
     ) -> None:
         """Open a folder of checkpoints, which may be empty or missing.
 
         Args:
-          directory: of the checkpoints.
+          directory: of the checkpoints; a path, or an address such as ``gs://bucket/checkpoints``.
           keep_last: how many of the latest are kept.
           keep_best: how many of the best are kept.
           best_by: the score that ranks them.
         """
         self._best_by = best_by
+        self.directory = directory = located(directory)
+        """Where the steps' folders are."""
         problem: UserError | None = None
         if is_main_process():
             try:
@@ -62,7 +67,7 @@ class Checkpoints:
             raise problem or UserError("the first process found no whole checkpoint")
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
@@ -154,11 +159,6 @@ class Checkpoints:
                 f"{last}: make room, then run the same command again"
             ) from error
 
-    @property
-    def directory(self) -> Path:
-        """Where the steps' folders are."""
-        return Path(self._manager.directory)
-
     def close(self) -> None:
         """Wait for saves under way.
 
@@ -172,13 +172,23 @@ class Checkpoints:
             self._manager.close()
 
 
-def is_in(directory: Path) -> bool:
-    """Whether a folder, which may be missing, holds a whole checkpoint."""
+def located(directory: Path | str) -> Path:
+    """A folder of this machine as an absolute path; an address as a path with its methods."""
+    if not is_remote(directory):
+        return Path(directory).absolute()
+    # As the small files, so that both have one account; TensorFlow may be built without gs://.
+    os.environ.setdefault("EPATH_USE_TF", "0")
+    return epath.Path(directory)
+
+
+def is_in(directory: Path | str) -> bool:
+    """Whether a folder or address, which may be missing, holds a whole checkpoint."""
     return bool(steps_in(directory))
 
 
-def steps_in(directory: Path) -> list[int]:
-    """The steps of the finished checkpoints in a folder, which may be missing, in rising order."""
+def steps_in(directory: Path | str) -> list[int]:
+    """The steps of finished checkpoints in a folder, which may be missing, in rising order."""
+    directory = located(directory)
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
@@ -189,8 +199,8 @@ class PartialCheckpoint:
       UserError: if it cannot be read.
     """
 
-    def __init__(self, directory: Path, *, step: int) -> None:
-        self._path = directory.absolute() / str(step)
+    def __init__(self, directory: Path | str, *, step: int) -> None:
+        self._path = located(directory) / str(step)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all arrays by name, such as ``params.proxies``; no array is read."""
@@ -251,6 +261,9 @@ class PartialCheckpoint:
 
 def _set_aside_torn(directory: Path) -> None:
     """Move checkpoints that cannot be read into ``torn``, until a whole one is found."""
+    # Among the checkpoints of a bucket, orbax would delete it, as one that was not finished.
+    bucket = is_remote(directory)
+    torn = (directory.parent if bucket else directory) / TORN
     problems = []
     whole = False
     for step in reversed(steps_in(directory)):
@@ -260,12 +273,14 @@ def _set_aside_torn(directory: Path) -> None:
             continue
         problems.append(f"step {step}: {problem}")
         _log.warning("checkpoint of step %d cannot be read and is skipped (%s)", step, problem)
-        (directory / TORN).mkdir(exist_ok=True)
-        (directory / str(step)).rename(directory / TORN / f"{step}-{time.time_ns()}")
+        torn.mkdir(exist_ok=True)
+        if bucket:  # which has a folder when it has a file
+            (torn / f"{step}.txt").write_text(problem)
+        (directory / str(step)).rename(torn / f"{step}-{time.time_ns()}")
     if problems and not whole:
         raise UserError(
             f"no checkpoint of {directory} can be read ({'; '.join(problems)}); they are in "
-            f"{directory / TORN}: restore them from a copy, or start again with another --workdir"
+            f"{torn}: restore them from a copy, or start again with another --workdir"
         )
 
 

@@ -23,7 +23,7 @@ from mmljax.mesh import agree, is_main_process, make_mesh, sync
 from mmljax.retrieval import records
 from mmljax.retrieval.checks import check_evaluation
 from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
-from mmljax.runs import writer
+from mmljax.runs import remote, writer
 from mmljax.runs.html import write_plot_and_page
 from mmljax.runs.loggers import Logger, make_loggers
 from mmljax.runs.profiler import Profiler, profiled_steps
@@ -64,7 +64,8 @@ def train(
 
     Args:
       config: the run, such as :func:`mmljax.default_config` gives and the caller changes.
-      workdir: the directory of checkpoints, metrics and results.
+      workdir: the directory of checkpoints, metrics and results, or its address, such as
+        ``gs://bucket/run`` (:mod:`mmljax.runs.remote`).
       dataset: images in memory, in place of ``config.data.source``.
 
     Returns:
@@ -75,7 +76,12 @@ def train(
       Preempted: if the process received SIGTERM or SIGINT and saved a checkpoint.
     """
     config = config if isinstance(config, Config) else from_mapping(config)
-    workdir = Path(workdir)
+    with remote.opened(workdir) as place:
+        return _train(config, place, dataset)
+
+
+def _train(config: Config, place: remote.Place, dataset: Dataset | None) -> dict[str, Any]:
+    workdir = place.local
     started = time.monotonic()
 
     # Everything that the config names is built first, so that a mistake shows before any work.
@@ -90,7 +96,7 @@ def train(
         features=load.feature_size(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
-        pretrained=not checkpoints.is_in(workdir / "checkpoints"),  # else a checkpoint has them
+        pretrained=not checkpoints.is_in(place.checkpoints),  # else a checkpoint has them
     )
     total = trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
@@ -103,18 +109,20 @@ def train(
 
     with ExitStack() as stack:  # however the run ends, pending saves are finished
         stack.enter_context(claimed(workdir, config, dataset_fingerprint(dataset)))
+        place.push()
         if config.data.source == load.FEATURES and is_main_process():
             copy_identity(Path(config.data.directory), workdir)
         preemption = stack.enter_context(Preemption())
         saved = checkpoints.Checkpoints(
-            workdir / "checkpoints",
+            place.checkpoints,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
             best_by=f"recall@{min(config.evaluation.recall_at)}",
         )
         stack.callback(saved.close)
         state, first = _restore(saved, trainer)
-        if first == 0 and (room := check_disk(workdir, state, kept=config.checkpoint)).failed:
+        local = first == 0 and not place.remote
+        if local and (room := check_disk(workdir, state, kept=config.checkpoint)).failed:
             raise UserError(f"disk: {room.text}")
         _describe(config, dataset, state, total=total, first=first)
         if first == 0:
@@ -162,6 +170,7 @@ def train(
                     found = records.make_records(protocol, step, dataset, result)
                     records.write_records(workdir, found)
             if saves:
+                place.push()
                 saved.save(state, step=step, metrics=scores)
                 recorder.restart_clock()
             if stops:
@@ -183,7 +192,7 @@ def train(
         sessions=reporter.sessions,
         extra={"protocol": protocol, "untrained": reporter.evaluations.get(0)},
     )
-    _report(config, workdir, saved.directory, dataset, results)
+    _report(config, place, saved.directory, dataset, results)
     return results
 
 
@@ -257,13 +266,13 @@ def _describe(
 
 
 def _report(
-    config: Config, workdir: Path, saved: Path, dataset: Dataset, results: dict[str, Any]
+    config: Config, place: remote.Place, saved: Path, dataset: Dataset, results: dict[str, Any]
 ) -> None:
     """Draw the contributions and the page, and print the scores and the paths of all files."""
-    paths = {"checkpoint": saved, "results": workdir / writer.RESULTS}
+    paths = {"checkpoint": saved, "results": place.local / writer.RESULTS}
     if config.log.plot:
-        paths |= write_plot_and_page(workdir, dataset=dataset, config=config)
+        paths |= write_plot_and_page(place.local, dataset=dataset, config=config)
     table = writer.recall_table(results["scores"], untrained=results.get("untrained"))
     print(table, flush=True)  # noqa: T201
     for name, path in paths.items():
-        print(f"{name:<11}{path}", flush=True)  # noqa: T201
+        print(f"{name:<11}{place.shown(path)}", flush=True)  # noqa: T201

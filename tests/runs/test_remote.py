@@ -1,0 +1,241 @@
+"""A run's files at an address: what is copied, when, and who may write."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import mock_store
+from mmljax.cli import main
+from mmljax.errors import UserError
+from mmljax.runs import remote
+
+RUN = "mock://bucket/run"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return mock_store.make(tmp_path, monkeypatch)
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From here on this is another machine."""
+    monkeypatch.setattr(remote, "_machine", lambda: "another machine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "other cache"))
+
+
+def run(write: Callable[[remote.Place], None] = lambda place: None, address: str = RUN) -> None:
+    """A run that does so with its place."""
+    with remote.opened(address) as place:
+        write(place)
+
+
+def test_changed_files_are_copied_and_come_back_elsewhere(store, tmp_path, monkeypatch):
+    with remote.opened(f"{RUN}/") as place:
+        assert place.local.name == "run"  # what loggers name the run
+        assert place.checkpoints == store / "bucket/run/checkpoints"
+        (place.local / "metrics.jsonl").write_text("1\n")
+        (place.local / "tensorboard").mkdir()
+        (place.local / "tensorboard/events").write_bytes(b"\0\xff")
+        (place.local / "running.lock").write_text("of this machine")
+        (place.local / "results.json.partial").write_text("half")
+        place.push()
+        place.push()
+        (place.local / "metrics.jsonl").write_text("1\n2\n")
+        place.push()
+        (place.local / "results.json").write_text("{}")
+    assert mock_store.writes(store) == [
+        "bucket/run/metrics.jsonl",
+        "bucket/run/tensorboard/events",
+        "bucket/run/metrics.jsonl",
+        "bucket/run/results.json",
+    ]
+    bucket = store / "bucket/run"
+    assert sorted(p.name for p in bucket.iterdir()) == [
+        "metrics.jsonl",
+        "results.json",
+        "tensorboard",
+    ]
+    elsewhere(monkeypatch, tmp_path)
+    with remote.opened(RUN) as place:
+        assert (place.local / "metrics.jsonl").read_text() == "1\n2\n"
+        assert (bucket / "tensorboard/events").read_bytes() == b"\0\xff"
+    assert len(mock_store.writes(store)) == 4  # nothing that was only read
+
+
+def test_files_of_this_machine_give_way_to_those_at_the_address(store):
+    with remote.opened(RUN) as place:
+        (place.local / "metrics.jsonl").write_text("old\n")
+    (store / "bucket/run/metrics.jsonl").write_text("of another machine\n")
+    (place.local / "metrics.jsonl").write_text("not copied\n")
+    (place.local / "mlflow.id").write_text("not copied")
+    with remote.opened(RUN) as place:
+        assert (place.local / "metrics.jsonl").read_text() == "of another machine\n"
+        assert not (place.local / "mlflow.id").exists()
+
+
+def test_a_run_that_fails_copies_its_files_and_names_the_address(store):
+    def broken(place):
+        (place.local / "metrics.jsonl").write_text("nan\n")
+        raise UserError(f"--workdir={place.local} holds a run of another config")
+
+    with pytest.raises(UserError) as error:
+        run(broken)
+    assert str(error.value) == f"--workdir={RUN} holds a run of another config"
+    assert (store / "bucket/run/metrics.jsonl").read_text() == "nan\n"
+    assert not (store / "bucket/run/running.lock").exists()
+
+
+def test_a_second_run_is_refused_while_the_first_lives(store, tmp_path, monkeypatch):
+    with remote.opened(RUN) as place:
+        (place.local / "metrics.jsonl").write_text("first\n")
+        elsewhere(monkeypatch, tmp_path)
+        with pytest.raises(UserError, match=f"--workdir={RUN} is in use by another run") as error:
+            run()
+        assert f"to take over, delete {RUN}/running.lock" in str(error.value)
+        time.sleep(3 * remote.BEAT)
+        place.push()
+    assert (store / "bucket/run/metrics.jsonl").read_text() == "first\n"
+
+
+def left_behind(store: Path, **changes: object) -> None:
+    """The lock of a run whose machine vanished."""
+    folder = store / "bucket/run"
+    folder.mkdir()
+    holder = {"token": "x", "host": "h", "machine": "gone", "process": 1, "time": time.time()}
+    (folder / "running.lock").write_text(json.dumps(holder | changes))
+
+
+@pytest.mark.parametrize("age", [0.0, 1e6, -1e6])
+def test_the_lock_of_a_machine_that_vanished_is_watched_then_taken(store, age):
+    """However its clock differs from ours."""
+    left_behind(store, time=time.time() - age)
+    before = time.monotonic()
+    with remote.opened(RUN) as place:
+        place.push()
+    waited = time.monotonic() - before
+    assert waited > 0.9 * (1.5 * remote.BEAT if age > 0 else remote.DEAD)
+
+
+@pytest.mark.parametrize("process", [2**30, "own"])
+def test_the_lock_of_a_process_that_ended_here_is_taken_at_once(store, monkeypatch, process):
+    """Its own id is that of a container's process before this one."""
+    monkeypatch.setattr(remote, "DEAD", 1e6)
+    left_behind(
+        store, machine=remote._machine(), process=os.getpid() if process == "own" else process
+    )
+    with remote.opened(RUN) as place:
+        place.push()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"time": "x"}'])
+def test_a_damaged_lock_counts_as_left_behind(store, text):
+    (store / "bucket/run").mkdir()
+    (store / "bucket/run/running.lock").write_text(text)
+    with remote.opened(RUN) as place:
+        place.push()
+
+
+@pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "replaced"])
+def test_a_run_that_lost_its_lock_stops_and_writes_nothing(store, deleted):
+    """To delete the lock is how a user takes over."""
+
+    def losing(place):
+        (place.local / "metrics.jsonl").write_text("late\n")
+        (store / "bucket/run/running.lock").unlink()
+        if not deleted:
+            (store / "bucket/run").rmdir()
+            left_behind(store)
+        time.sleep(3 * remote.BEAT)
+        place.push()
+
+    with pytest.raises(remote.Unreachable) as error:
+        run(losing)
+    said = "was deleted" if deleted else "was taken over by process 1 on h"
+    assert said in str(error.value)
+    assert f"the files of this session remain in {remote.working_copy(RUN)};" in str(error.value)
+    assert mock_store.writes(store) == []
+    assert (store / "bucket/run/running.lock").exists() == (not deleted)
+
+
+def test_a_failed_write_is_repeated(store):
+    with remote.opened(RUN) as place:
+        (place.local / "metrics.jsonl").write_text("kept\n")
+        mock_store.fail(store, 2)
+        place.push()
+    assert (store / "bucket/run/metrics.jsonl").read_text() == "kept\n"
+
+
+def test_a_store_that_stays_away_is_one_line_and_the_files_are_kept(store, monkeypatch):
+    monkeypatch.setattr(remote, "BEAT", 100)
+
+    def cut_off(place):
+        (place.local / "metrics.jsonl").write_text("kept\n")
+        mock_store.fail(store, 1000)
+        place.push()
+
+    with pytest.raises(remote.Unreachable) as error:
+        run(cut_off)
+    text = str(error.value)
+    assert text.startswith(f"--workdir={RUN} cannot be written (the network is down); check")
+    assert f"the files of this session remain in {remote.working_copy(RUN)};" in text
+    assert (remote.working_copy(RUN) / "metrics.jsonl").read_text() == "kept\n"
+
+
+def test_a_missing_bucket_is_one_line(store):
+    with pytest.raises(UserError, match="mock://other/run cannot be written .*that the bucket ex"):
+        run(address="mock://other/run")
+
+
+def test_addresses_that_cannot_hold_a_run_are_refused(store):
+    with pytest.raises(UserError, match="checkpoints cannot be kept on memory://; use gs://"):
+        remote.fetched("memory://bucket/run")
+    with pytest.raises(UserError, match="nosuch://bucket/run cannot be used"):
+        remote.checkpoint_folder("nosuch://bucket/run")
+    if importlib.util.find_spec("gcsfs") is None:
+        with pytest.raises(UserError, match=r"needs the package gcsfs: pip install 'mmljax\[gcs\]"):
+            remote.fetched("gs://bucket/run")
+    assert remote.checkpoint_folder("gs://bucket/run") == "gs://bucket/run/checkpoints"
+
+
+def test_any_file_system_of_fsspec_mirrors_the_small_files(tmp_path):
+    """``memory://`` has no folders and no local files, as a bucket."""
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+    with remote._mirrored("memory://bucket/run", tmp_path / "a") as push:
+        (tmp_path / "a/metrics.jsonl").write_text("1\n")
+        (tmp_path / "a/tensorboard").mkdir()
+        (tmp_path / "a/tensorboard/events").write_text("2")
+        push()
+    with remote._mirrored("memory://bucket/run", tmp_path / "b"):
+        assert (tmp_path / "b/metrics.jsonl").read_text() == "1\n"
+    assert fsspec.filesystem("memory").cat_file("/bucket/run/tensorboard/events") == b"2"
+    assert not fsspec.filesystem("memory").exists("/bucket/run/running.lock")
+
+
+def test_reading_commands_get_a_copy_that_knows_its_checkpoints(store):
+    folder = store / "bucket/run"
+    (folder / "checkpoints/5").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    run = remote.fetched(RUN)
+    assert (run / "config.json").read_text() == "{}"
+    assert remote.checkpoints_of(run) == folder / "checkpoints"
+    assert remote.checkpoints_of(store) == store / "checkpoints"  # of a local run
+    assert remote.fetched(store) == store
+    with pytest.raises(UserError, match="run mock://bucket/none does not exist"):
+        remote.fetched("mock://bucket/none")
+
+
+@pytest.mark.parametrize("verb", ["doctor", "sweep"])
+def test_verbs_that_need_a_folder_say_so(verb, capsys):
+    assert main([verb, "--config", "quickstart", "--workdir", RUN]) == 2
+    said = capsys.readouterr().err
+    assert said == f"mmljax: error: --workdir={RUN}: mmljax {verb} takes a folder of this machine\n"
