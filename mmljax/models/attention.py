@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -145,7 +146,7 @@ def _swiglu(x: Float[Array, "b n f"]) -> Float[Array, "b n f2"]:
     return nnx.silu(gate) * value
 
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": partial(nnx.gelu, approximate=False),
     "gelu_tanh": partial(nnx.gelu, approximate=True),
     "gelu_quick": lambda x: x * nnx.sigmoid(1.702 * x),

@@ -115,7 +115,7 @@ def rotary_table(kind: RotaryKind, rows: int, columns: int, head: int, start: in
     if kind == "dinov3":
         y, x = (2 * np.pi * (2 * (np.arange(n) + 0.5) / n - 1) for n in (rows, columns))
     else:
-        y, x = (start + np.arange(n) for n in (rows, columns))
+        y, x = (start + np.arange(n, dtype=np.float64) for n in (rows, columns))
     y, x = np.repeat(y, columns)[:, None] * bands, np.tile(x, rows)[:, None] * bands
     angles = np.concatenate([y, x] if kind == "dinov3" else [x, y], axis=1)
     return Rotary(
