@@ -115,8 +115,10 @@ def timm_peer(timm_name: str, name: str, **more: Any) -> Peer:
 def perception(name: str) -> Peer:
     """At another size timm rescales the rotary positions, and resamples by another filter."""
     torch = torch_networks.load_torch()
-    settings = {"ref_feat_shape": None, "attn_pool_num_heads": POOL_HEADS}
-    peer = timm_peer("vit_pe_core_base_patch16_224", name, **settings)
+    make = functools.partial(
+        timm_peer, "vit_pe_core_base_patch16_224", name, attn_pool_num_heads=POOL_HEADS
+    )
+    peer = make(ref_feat_shape=(GRID, GRID))
 
     def run(x: Any) -> tuple[Any, Any]:
         rows, columns = (n // ARCHITECTURES[name].patch for n in x.shape[2:])
@@ -124,12 +126,7 @@ def perception(name: str) -> Peer:
         grid = own[:, 1:].reshape(1, GRID, GRID, SIZE).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, size=(rows, columns), mode="bilinear")
         grid = grid.permute(0, 2, 3, 1).reshape(1, -1, SIZE)
-        sized = timm_peer(
-            "vit_pe_core_base_patch16_224",
-            name,
-            img_size=tuple(x.shape[2:]),
-            **settings,
-        )
+        sized = make(img_size=tuple(x.shape[2:]), ref_feat_shape=(rows, columns))
         weights = peer.network.state_dict() | {"pos_embed": torch.cat([own[:, :1], grid], dim=1)}
         sized.network.load_state_dict(weights)
         return sized.run(x)
@@ -226,7 +223,12 @@ PEERS: dict[str, tuple[str, Callable[[str], Peer]]] = {
     "gated DINOv3 of transformers": (
         "dinov3_vit_hplus_16",
         lambda name: hugging_face(
-            "DINOv3ViTConfig", "DINOv3ViTModel", name, num_register_tokens=4, use_gated_mlp=True
+            "DINOv3ViTConfig",
+            "DINOv3ViTModel",
+            name,
+            num_register_tokens=4,
+            use_gated_mlp=True,
+            hidden_act="silu",
         ),
     ),
     "DINOv3 of timm": (
