@@ -79,6 +79,15 @@ def test_tuning_set_has_training_classes_only(tmp_path: Path) -> None:
     assert images["query labels"].tolist() == [6, 6, 6, 7, 7, 7]
 
 
+@pytest.mark.parametrize("name", ["foods", "groceries", "omniglot"])
+def test_the_page_shows_the_results_that_are_kept(name: str) -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "ablation.md").read_text().splitlines()
+    table = ablation_table.markdown(root / "benchmarks" / "results" / name).splitlines()
+    assert len(table) > 16
+    assert [line for line in table[2:] if line not in page] == []
+
+
 def test_a_setting_is_judged_by_its_mean_over_the_seeds() -> None:
     records = [
         record("a", 100, 0.9, tuning=True, setting={"x": 1}),
