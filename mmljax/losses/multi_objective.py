@@ -260,8 +260,8 @@ class MultiObjective:
         factors = weights
         if self.surgery:
             factors = pcgrad_coefficients(gram * weights[:, None] * weights[None, :]) * weights
-        # The gradients are tangent to the sphere, so the way back through the division by the
-        # length is that division alone.
+        # Gradients of unit rows are tangent to the sphere, so the way back through the division by
+        # the length is that division alone.
         at_embeddings = _weighted_sum(factors, found, SAMPLES, unit) * embeddings_scale
         at_proxies = _weighted_sum(weights, found, PROXIES, proxies) * proxies_scale
 
@@ -468,7 +468,13 @@ def _with_selection(
 
 
 def _tangent(gradient: Array, vectors: Array) -> Array:
-    return gradient - jnp.sum(gradient * vectors, axis=-1, keepdims=True) * vectors
+    """The gradient's part along the sphere, for rows that are on it.
+
+    Rows shorter than the normalisation's epsilon are inside it, and move in any direction.
+    """
+    radial = jnp.sum(gradient * vectors, axis=-1, keepdims=True)
+    on_sphere = jnp.sum(vectors * vectors, axis=-1, keepdims=True) > 0.999
+    return gradient - jnp.where(on_sphere, radial, 0) * vectors
 
 
 def _gram(gradients: Sequence[Array | None], axis: Axis) -> Float[Array, "o o"]:

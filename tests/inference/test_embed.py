@@ -103,6 +103,9 @@ def test_stopped_repeatedly_and_resumed_gives_the_same_bytes(tmp_path):
             env=small_runs.environment(),
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored in background
         )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:

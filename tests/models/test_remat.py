@@ -21,6 +21,7 @@ from mmljax.config import ModelConfig, load_config
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh, place
 from mmljax.models import efficientnet
+from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.backbones import BACKBONES
 from mmljax.models.efficientnet import STAGES, EfficientNetLite
 from mmljax.models.embedder import make_embedder
@@ -36,7 +37,9 @@ NETWORKS = {
     "basic": partial(ResNet, BasicBlock, (1, 2), stem=FINE),
     "bottleneck": partial(ResNet, Bottleneck, (2, 1), stem=FINE),
     "inverted": partial(EfficientNetLite, 1.0, 1.0),
-    "transformer": partial(VisionTransformer, 2, 2),
+    "transformer": lambda width, **options: VisionTransformer(
+        dataclasses.replace(ARCHITECTURES["vit_s16"], depth=2, heads=2).of_width(width), **options
+    ),
     "deep": partial(ResNet, BasicBlock, (12,), stem=FINE),
 }
 CONFIG = ModelConfig(

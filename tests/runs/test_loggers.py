@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,4 +114,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert names[0] == names[1]
     files = list((tmp_path / "run").rglob("*.wandb"))
     assert len(files) == 2
-    assert all(b"loss/pair" in file.read_bytes() for file in files)
+    deadline = time.monotonic() + 60  # another process writes them
+    while not all(b"loss/pair" in file.read_bytes() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -233,8 +233,8 @@ def test_interrupted_equals_uninterrupted(
     train(config, tmp_path / "whole")
     original = load.train_batches
 
-    def broken(*arguments: Any) -> Any:
-        for index, batch in enumerate(original(*arguments)):
+    def broken(*arguments: Any, **options: Any) -> Any:
+        for index, batch in enumerate(original(*arguments, **options)):
             if index == 12:
                 raise KeyboardInterrupt
             yield batch
