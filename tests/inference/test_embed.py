@@ -84,6 +84,9 @@ def test_interrupted_in_the_middle_and_resumed_gives_the_same_bytes(
     assert len(calls) == 3
 
 
+DEFAULT_SIGINT = ("env", "--default-signal=INT")
+
+
 @pytest.mark.slow
 def test_stopped_repeatedly_and_resumed_gives_the_same_bytes(tmp_path):
     images = small_runs.write_images(
@@ -98,14 +101,18 @@ def test_stopped_repeatedly_and_resumed_gives_the_same_bytes(tmp_path):
     stops = ((5, signal.SIGKILL), (20, signal.SIGINT), (37, signal.SIGKILL), (70, signal.SIGINT))
     for target, number in stops:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mmljax", *map(str, command(folder, path, small))],
+            # A shell's background jobs, and so these tests, ignore SIGINT unless told otherwise.
+            [
+                *DEFAULT_SIGINT,
+                sys.executable,
+                "-m",
+                "mmljax",
+                *map(str, command(folder, path, small)),
+            ],
             cwd=small_runs.ROOT,
             env=small_runs.environment(),
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # ignored in background
         )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
