@@ -447,12 +447,7 @@ def main() -> None:
     study.add_argument("--workers", type=int, default=os.cpu_count())
     study.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     study.set_defaults(function=run)
-    table = commands.add_parser("table")
-    table.add_argument("--out", type=Path, required=True)
-    table.add_argument("--reference", help="row to compare with, not the best single objective")
-    table.set_defaults(
-        function=lambda options: print(ablation_table.markdown(options.out, options.reference))
-    )
+    ablation_table.add_table_command(commands)
     options = parser.parse_args()
     options.function(options)
 

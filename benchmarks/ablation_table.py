@@ -61,6 +61,14 @@ def _validated(records: list[Record]) -> dict[str, tuple[float, dict[str, Any]]]
     return best
 
 
+def add_table_command(commands: Any) -> None:
+    """Add ``table`` to the commands of a study's command line."""
+    table = commands.add_parser("table")
+    table.add_argument("--out", type=Path, required=True)
+    table.add_argument("--reference", help="row to compare with, not the best single objective")
+    table.set_defaults(function=lambda options: print(markdown(options.out, options.reference)))
+
+
 def markdown(directory: Path, reference: str | None = None) -> str:
     """The table of the test runs, each row beside the best single objective, paired by seed."""
     records = read(directory / "results.jsonl")

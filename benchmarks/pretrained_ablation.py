@@ -473,12 +473,7 @@ def main() -> None:
             study.add_argument("--image-size", type=int, default=112)
             study.add_argument("--steps", type=int, default=200)
             study.add_argument("--seeds", type=int, default=5)
-    table = commands.add_parser("table")
-    table.add_argument("--out", type=Path, required=True)
-    table.add_argument("--reference", help="row to compare with, not the best single objective")
-    table.set_defaults(
-        function=lambda options: print(ablation_table.markdown(options.out, options.reference))
-    )
+    ablation_table.add_table_command(commands)
     options = parser.parse_args()
     options.function(options)
 

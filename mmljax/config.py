@@ -12,39 +12,20 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import runpy
 import traceback
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from mmljax.errors import UserError
+from mmljax.schema import Range, fill
 from mmljax.text import nearest, one_line
 
 _MOST_STEPS = 2e9  # the step is a 32-bit integer
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%)\s*")
-
-
-class Range(NamedTuple):
-    """Finite numbers from ``least`` to ``most``, without ``least`` itself where it is excluded."""
-
-    least: float
-    most: float = math.inf
-    excluded: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether a number is in the range."""
-        enough = value > self.least if self.excluded else value >= self.least
-        return enough and value <= self.most and math.isfinite(value)
-
-    def __str__(self) -> str:
-        start = f"{'above' if self.excluded else 'at least'} {self.least:g}"
-        return start if self.most == math.inf else f"{start} and at most {self.most:g}"
 
 
 Count = Annotated[int, Range(1)]
@@ -405,7 +386,7 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
     Raises:
       UserError: on an unknown, missing or ill-typed key, with its full path.
     """
-    config: Config = _fill(Config, mapping, "config")
+    config: Config = fill(Config, mapping, path="config", partly=(Objective,))
     for name in config.objectives:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise UserError(
@@ -471,56 +452,6 @@ def choose(table: Mapping[str, Any], name: str, *, key: str) -> Any:
     if name not in table:
         raise UserError(f"--{key}={name!r} is unknown; {nearest(name, table)}")
     return table[name]
-
-
-def _fill(cls: type, mapping: Any, path: str) -> Any:
-    if not hasattr(mapping, "items"):
-        raise UserError(f"--{path} must be a group of keys, found {mapping!r}")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    given = dict(mapping.items())
-    for name in given:
-        if name not in hints:
-            raise UserError(f"--{path}.{name} is unknown; {nearest(name, hints)}")
-    fields = dataclasses.fields(cls) if cls is not Objective else dataclasses.fields(cls)[:1]
-    if missing := [field.name for field in fields if field.name not in given]:
-        raise UserError(f"--{path} lacks {', '.join(missing)}; start from mmljax.default_config()")
-    return cls(**{name: _coerce(hints[name], given[name], f"{path}.{name}") for name in given})
-
-
-def _coerce(kind: Any, value: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        number, allowed = _coerce(arguments[0], value, path), arguments[1]
-        if isinstance(allowed, Range) and not allowed.holds(number):
-            raise UserError(f"--{path} must be {allowed}, found {value!r}")
-        return number
-    if dataclasses.is_dataclass(kind):
-        return _fill(typing.cast(type, kind), value, path)
-    if origin in (typing.Union, types.UnionType):
-        for member in arguments:
-            if type(value) is member:
-                return _coerce(member, value, path)
-        return _coerce(arguments[0], value, path)
-    if origin is Mapping:
-        if not hasattr(value, "items"):
-            raise UserError(f"--{path} must be a group of keys, found {value!r}")
-        return {str(k): _coerce(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise UserError(f"--{path} must be a tuple, found {value!r}")
-        if arguments[-1] is Ellipsis and value:
-            return tuple(_coerce(arguments[0], v, path) for v in value)
-        if len(value) != len(arguments) or Ellipsis in arguments:
-            number = "one or more" if Ellipsis in arguments else len(arguments)
-            raise UserError(f"--{path} must hold {number} values, found {value!r}")
-        return tuple(_coerce(a, v, path) for a, v in zip(arguments, value, strict=True))
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"--{path} must be of type {kind.__name__}, found {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"--{path} must be finite, found {value!r}")
-    return value
 
 
 def _plain(value: Any) -> Any:
