@@ -18,9 +18,9 @@ import jax
 from benchmarks import machine
 from mmljax.config import default_config, from_mapping
 from mmljax.mesh import make_mesh
-from mmljax.planning.compile import abstract_run, count_step, lower_step
 from mmljax.planning.counts import Counts
-from mmljax.planning.program import collectives
+from mmljax.planning.hlo_text import collectives
+from mmljax.planning.programs import abstract_run, count_step, lower_step
 from mmljax.training.state import state_bytes
 
 GIB = 2**30

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.scale import make_config
 from mmljax.mesh import make_mesh
-from mmljax.planning.compile import abstract_run, lower_step
 from mmljax.planning.counts import Counts
-from mmljax.planning.program import argument_bytes, collectives
+from mmljax.planning.hlo_text import argument_bytes, collectives
+from mmljax.planning.programs import abstract_run, lower_step
 
 
 @pytest.mark.slow

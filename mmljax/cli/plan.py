@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--buffers", type=shared.at_least(0), default=0, metavar="N", help="list the N largest"
     )
     parser.add_argument(
-        "--price", type=float, default=0.0, help="of one chip for an hour, for the run's least cost"
+        "--price",
+        type=float,
+        default=0.0,
+        help="of one chip for an hour, for the run's least cost in the table",
     )
     parser.add_argument(
         "--cache",
@@ -77,12 +80,14 @@ def run(options: argparse.Namespace) -> int:
     counts = count(config, **sizes)
     found, code = [], 0
     for target in targets:
-        chosen = plan.fitting_config(config, devices=len(target.devices))
+        chosen = plan.fitting_config(config, counts, devices=len(target.devices))
         try:
             if options.find_batch_size:
                 size = plan.find_batch_size(chosen, counts, target, cache=options.cache)
                 chosen = plan.with_batch_size(chosen, size)
-            made = plan.make_plan(chosen, counts, target, cache=options.cache)
+            made = plan.make_plan(
+                chosen, counts, target, cache=options.cache, buffers=max(options.buffers, 20)
+            )
         except plan.TooLarge as error:
             print(f"mmljax: error: {printable(str(error))}", file=sys.stderr)
             found.append(report.refusal_json(target, error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import platform
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mmljax.data.limits import total_memory
-from mmljax.errors import UserError
+from mmljax.errors import UserError, require
 from mmljax.text import nearest, one_line
 
 GIB = 2**30
@@ -28,15 +27,17 @@ class Chip(NamedTuple):
     flops: float  # peak bfloat16 operations per second
     hbm_bandwidth: float  # bytes per second
     ici_bandwidth: float  # bytes per second that it sends to other chips, all links together
-    kind: str  # device_kind of its devices in JAX
+    kinds: tuple[str, ...]  # device_kind of its devices in JAX
     topologies: tuple[str, ...]  # of one slice
 
 
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(32 * GIB, 275e12, 1200e9, 300e9, "TPU v4", (*_CUBES, "8x16x16", "12x16x16")),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite", _FLAT),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, "TPU v5", (*_CUBES, "8x16x16", "16x16x16")),
-    "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite", _FLAT),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, ("TPU v4",), (*_CUBES, "8x16x16", "12x16x16")),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, ("TPU v5 lite", "TPU v5e"), _FLAT),
+    "v5p": Chip(
+        95 * GIB, 459e12, 2765e9, 600e9, ("TPU v5", "TPU v5p"), (*_CUBES, "8x16x16", "16x16x16")
+    ),
+    "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9, ("TPU v6 lite", "TPU v6e"), _FLAT),
 }
 """By the name that a topology begins with.
 
@@ -128,8 +129,7 @@ def check_compiler() -> None:
             f"--topology needs libtpu, which runs on x86-64 Linux, and this is {sys.platform} on "
             f"{platform.machine()}; plan on another machine, or on the TPU VM itself"
         )
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology needs libtpu: pip install 'mmljax[tpu]'")
+    require("libtpu", extra="tpu", purpose="--topology")
 
 
 def present_target() -> Target:
@@ -140,6 +140,6 @@ def present_target() -> Target:
         memory = total_memory() // len(devices)
     else:
         memory = (first.memory_stats() or {}).get("bytes_limit", 0)
-    chips = {chip.kind: chip for chip in CHIPS.values()}
+    chips = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
     chip = chips.get(first.device_kind)
     return Target(first.device_kind, tuple(devices), memory, chip)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mmljax.config import Config
+from mmljax.config import Config, choose
 from mmljax.data import load
+from mmljax.data.readers.in_shop_list import IMAGES, ITEMS
 from mmljax.errors import UserError
 
 
@@ -20,7 +21,7 @@ class Counts(NamedTuple):
     channels: int = 3
 
 
-_IN_SHOP = Counts(3_997, 25_882, 14_218, 12_612)
+_IN_SHOP = Counts(ITEMS["train"], *IMAGES.values())
 
 PUBLISHED: Mapping[str, Counts] = dict.fromkeys(
     ("in_shop", "in_shop_high", "tfds_in_shop", "tfds_in_shop_high", "tfds_in_shop_cropped"),
@@ -44,6 +45,10 @@ def count(
     Raises:
       UserError: if neither flags nor the source tell classes and images.
     """
+    source = config.data.source
+    if source == load.FEATURES:
+        raise UserError(f"--config.data.source={source} trains a head alone; plan a run on images")
+    choose(load.SOURCES, source, key="config.data.source")
     found = Counts(classes, images) if classes and images else _of_source(config)
     return found._replace(
         classes=classes or found.classes,
@@ -55,8 +60,6 @@ def count(
 
 def _of_source(config: Config) -> Counts:
     data = config.data
-    if data.source == load.FEATURES:
-        raise UserError("--config.data.source=features trains a head alone; plan a run on images")
     if data.source == "synthetic":
         items, half = data.synthetic, data.synthetic.views // 2  # even views are queries
         return Counts(

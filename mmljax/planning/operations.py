@@ -68,7 +68,7 @@ def _count(jaxpr: Any, platform: str) -> Operations:
 
 def _branch(branches: list[Operations], platforms: Any, platform: str) -> Operations:
     if platforms is None:
-        return max(branches)
+        return min(branches)  # which a step takes at least
     return next(
         found
         for found, names in zip(branches, platforms, strict=True)

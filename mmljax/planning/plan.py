@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,10 @@ from typing import Any, NamedTuple
 from mmljax.config import Config
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
-from mmljax.planning import compile as programs
+from mmljax.planning import programs
 from mmljax.planning.chips import Target
-from mmljax.planning.compile import Compiled, DoesNotFit
 from mmljax.planning.counts import Counts
-from mmljax.planning.operations import Operations
-from mmljax.planning.program import (
+from mmljax.planning.hlo_text import (
     Buffer,
     Memory,
     Traffic,
@@ -25,13 +24,14 @@ from mmljax.planning.program import (
     largest_buffers,
     sent_bytes,
 )
+from mmljax.planning.operations import Operations
+from mmljax.planning.programs import Compiled, DoesNotFit
 from mmljax.text import size_text
-from mmljax.training.state import state_bytes
+from mmljax.training.state import state_bytes, tree_bytes
 
 _log = logging.getLogger(__name__)
 
 STEP, EMBEDDING, SEARCH = "training step", "embedding", "search"
-BUFFERS = 20
 
 
 class TooLarge(UserError):
@@ -46,7 +46,7 @@ class Bounds(NamedTuple):
     """Seconds below which no step of this program can be on the chip, by what limits it."""
 
     arithmetic: float  # operations in bfloat16 passes, at the peak rate
-    memory: float  # state read and written, batch read, work written and read, once each
+    memory: float  # state read and written, batch read, all work memory written and read, once
     links: float  # bytes that collectives must send, over all links of the chip
 
 
@@ -69,21 +69,36 @@ class Plan(NamedTuple):
     buffers: Sequence[Buffer]  # the largest of the training step
 
 
-def fitting_config(config: Config, *, devices: int) -> Config:
-    """The config with the next batch size that the devices and the images per class divide."""
-    unit = batch_unit(config, devices=devices)
-    size = -(-config.data.batch_size // unit) * unit
-    if size != config.data.batch_size:
-        _log.warning(
-            "--config.data.batch_size=%d does not divide over %d devices; this plans %d",
-            *(config.data.batch_size, devices, size),
+def fitting_config(config: Config, counts: Counts, *, devices: int) -> Config:
+    """The config with the next batch sizes that training on so many devices accepts.
+
+    Raises:
+      UserError: if the training split has too few classes for such a batch.
+    """
+    units = {"batch_size": batch_unit(config, devices=devices), "eval_batch_size": devices}
+    sizes = {}
+    for key, unit in units.items():
+        given = getattr(config.data, key)
+        sizes[key] = -(-given // unit) * unit
+        if sizes[key] != given:
+            _log.warning(
+                "--config.data.%s=%d is not for %d devices, and training refuses it; "
+                "this plans --config.data.%s=%d",
+                *(key, given, devices, key, sizes[key]),
+            )
+    most = counts.classes * config.data.images_per_class
+    if sizes["batch_size"] > most:
+        raise UserError(
+            f"--config.data.batch_size={sizes['batch_size']} on {devices} devices needs more than "
+            f"the {counts.classes} classes, of --config.data.images_per_class="
+            f"{config.data.images_per_class} each; lower it, or plan for fewer devices"
         )
-    return with_batch_size(config, size)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **sizes))
 
 
 def batch_unit(config: Config, *, devices: int) -> int:
-    """Batch sizes are multiples of it: whole classes on each device, in each micro batch."""
-    return config.data.images_per_class * devices * config.data.micro_batches
+    """Batches hold whole classes, and whole micro batches on each device."""
+    return math.lcm(config.data.images_per_class, devices * config.data.micro_batches)
 
 
 def with_batch_size(config: Config, size: int) -> Config:
@@ -91,14 +106,22 @@ def with_batch_size(config: Config, size: int) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
 
 
-def make_plan(config: Config, counts: Counts, target: Target, *, cache: Path | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    counts: Counts,
+    target: Target,
+    *,
+    cache: Path | None = None,
+    buffers: int = 20,
+) -> Plan:
     """Compile the programs of a run for a target, and read them.
 
     Args:
-      config: of the run; its batch size divides over the devices.
+      config: of the run, from :func:`fitting_config`.
       counts: of its data set.
       target: devices, present or not.
       cache: folder of compiled programs' facts; None for none.
+      buffers: how many of the largest to keep.
 
     Raises:
       TooLarge: if a program does not fit, with needed and available bytes.
@@ -126,7 +149,6 @@ def make_plan(config: Config, counts: Counts, target: Target, *, cache: Path | N
     traffic = collectives(text)
     operations = programs.count_step(run, config, channels=counts.channels)
     devices = mesh.devices.size
-    side = config.data.image_size
     return Plan(
         target=target.name,
         devices=devices,
@@ -135,13 +157,13 @@ def make_plan(config: Config, counts: Counts, target: Target, *, cache: Path | N
         steps=run.trainer.total_steps,
         counts=counts,
         state={name: size for name, size in state_bytes(run.state).items() if size},
-        batch=config.data.batch_size // devices * (side * side * counts.channels + 5),
+        batch=tree_bytes(programs.batch_shapes(config, mesh, channels=counts.channels)),
         padding=memory[STEP].arguments - argument_bytes(text),
         memory=memory,
         traffic=traffic,
         operations=operations,
         bounds=_bounds(target, memory[STEP], traffic, operations, devices=devices),
-        buffers=largest_buffers(text, count=BUFFERS),
+        buffers=largest_buffers(text, count=buffers),
     )
 
 
@@ -163,10 +185,15 @@ def _refused(name: str, target: Target, config: Config, error: DoesNotFit) -> To
         EMBEDDING: f"lower --config.data.eval_batch_size={data.eval_batch_size}",
         SEARCH: f"lower --config.evaluation.gallery_chunk={config.evaluation.gallery_chunk}",
     }
+    if error.needed:
+        found = (
+            f"it needs {size_text(error.needed)} on each device, and "
+            f"{size_text(error.available)} are available"
+        )
+    else:
+        found = "the compiler runs out of memory and states no figures"
     return TooLarge(
-        f"the {name} does not fit {target.name}: it needs {size_text(error.needed)} on each "
-        f"device, and {size_text(error.available)} are available; {cures[name]}, or take a larger "
-        "slice",
+        f"the {name} does not fit {target.name}: {found}; {cures[name]}, or take a larger slice",
         program=name,
         needed=error.needed,
         available=error.available,
@@ -229,7 +256,7 @@ def find_batch_size(
 
     def fits(size: int) -> bool:
         if size > counts.classes * config.data.images_per_class:
-            return False  # the sampler has no more classes for a batch
+            return False  # there are no more classes for a batch
         candidate = with_batch_size(config, size)
         run = programs.abstract_run(candidate, counts, mesh)
         lowered = programs.lower_step(run, candidate, channels=counts.channels)

@@ -10,9 +10,9 @@ from mmljax.text import size_text, text_table
 
 _GROUPS = {  # of state_bytes: row of the table
     "network": "parameters of the network",
-    "optimizer of the rest": "their optimiser",
+    "optimizer of the rest": "optimiser of the network",
     "proxies": "proxies",
-    "optimizer of proxies": "their optimiser",
+    "optimizer of proxies": "optimiser of the proxies",
     "statistics": "BatchNorm's statistics",
     "average": "average of the weights",
     "memory": "cross-batch memory",
@@ -39,8 +39,9 @@ def _title(plan: Plan) -> str:
     known = plan.counts
     test = f", {known.queries:,} queries" if known.queries else ""
     test += f", {known.gallery:,} gallery images" if known.gallery else ""
+    size = f" of {size_text(plan.available)}" if plan.available else ""
     return (
-        f"{plan.target}: {plan.devices} devices of {size_text(plan.available)}, batch "
+        f"{plan.target}: {plan.devices} devices{size}, batch "
         f"{plan.batch_size}, {known.classes:,} classes, {known.images:,} images{test}"
     )
 
@@ -66,7 +67,8 @@ def _memory(plan: Plan) -> str:
         "total": [one.total for one in plan.memory.values()],
     }
     rows += [[name, *map(_mib, sizes)] for name, sizes in parts.items()]
-    rows.append([f"fits {_mib(plan.available)}", *("yes" for _ in names)])
+    if plan.available:
+        rows.append(["memory of a device", *(_mib(plan.available) for _ in names)])
     return text_table(rows)
 
 

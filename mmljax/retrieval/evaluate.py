@@ -185,7 +185,7 @@ def retrieval_scores(
     against = queries if gallery is None else gallery
     candidates = len(against) - (own is not None)
     check_recall_at(recall_at, candidates=candidates, relevant=relevant)
-    on_device = _score_queries(
+    on_device = score_queries(
         queries,
         against,
         query_labels,
@@ -232,7 +232,7 @@ def _checked_labels(
 
 
 @functools.partial(jax.jit, static_argnames=("recall_at", "k", "chunk", "mesh"))
-def _score_queries(
+def score_queries(
     queries: Array,
     gallery: Array,
     query_labels: Array,

@@ -179,8 +179,8 @@ def state_bytes(state: TrainState) -> dict[str, int]:
         "memory": state.objective.memory,
         "optimizer of proxies": moments,
     }
-    sizes = {name: _bytes(tree) for name, tree in groups.items()}
-    rest = _bytes(state.optimizer_state) - sizes["optimizer of proxies"]
+    sizes = {name: tree_bytes(tree) for name, tree in groups.items()}
+    rest = tree_bytes(state.optimizer_state) - sizes["optimizer of proxies"]
     return {**sizes, "optimizer of the rest": rest}
 
 
@@ -191,7 +191,8 @@ def describe_state(state: TrainState) -> str:
     return f"state per device: {sum(sizes.values()) / 2**20:.1f} MiB ({parts})"
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Bytes on one device, of arrays or of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape

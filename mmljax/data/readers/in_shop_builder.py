@@ -21,6 +21,8 @@ from mmljax.data import paths as files
 from mmljax.data.readers.in_shop import read_in_shop
 from mmljax.data.readers.in_shop_list import (
     BOXES,
+    IMAGES,
+    ITEMS,
     Box,
     InShopRow,
     read_in_shop_boxes,
@@ -33,12 +35,6 @@ from mmljax.text import one_line
 from mmljax.types import Split
 
 import_tensorflow()
-
-IMAGES = {"train": 25_882, "query": 14_218, "gallery": 12_612}
-"""Images of each split of the benchmark."""
-
-ITEMS = {"train": 3_997, "query": 3_985, "gallery": 3_985}
-"""Items of each split; query and gallery show the same ones."""
 
 _JPEG_QUALITY = 95  # of cropped images, which must be encoded again
 

@@ -22,6 +22,12 @@ BOXES = "Anno/list_bbox_inshop.txt"
 BOX_HEADER = "image_name clothes_type pose_type x_1 y_1 x_2 y_2"
 """Second line of that list; the first is the number of rows."""
 
+IMAGES = {"train": 25_882, "query": 14_218, "gallery": 12_612}
+"""Images of each split of the benchmark."""
+
+ITEMS = {"train": 3_997, "query": 3_985, "gallery": 3_985}
+"""Items of each split; query and gallery show the same ones."""
+
 _AGAIN = "fetch the list again, or correct it"
 _GET_IN_SHOP = (
     f"{DIRECTORY_FLAG} must name the folder that holds Img/ and Eval/ of the In-Shop Clothes "

@@ -101,7 +101,7 @@ def _split_type(text: str) -> tuple[str, str]:
     if not text.startswith("("):
         result, _, rest = text.partition(" ")
         return result, rest
-    end = _closing(text, 1)
+    end = _closing(text, 0)
     return text[:end], text[end:]
 
 
@@ -111,12 +111,11 @@ def _split_operands(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str, depth: int) -> int:
-    """The place after the parenthesis that closes the first, or ``depth`` open ones."""
-    start = 1 if text.startswith("(") and depth else 0
-    for place in re.finditer(r"[()]", text[start:]):
+    """The place after the parenthesis that closes the first, or the ``depth`` that are open."""
+    for place in re.finditer(r"[()]", text):
         depth += 1 if place[0] == "(" else -1
         if not depth:
-            return start + place.end()
+            return place.end()
     return len(text)
 
 

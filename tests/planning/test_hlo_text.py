@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from mmljax.planning.program import (
+from mmljax.planning.hlo_text import (
     Buffer,
     Traffic,
     argument_bytes,
     collectives,
+    instructions,
     largest_buffers,
     sent_bytes,
 )
@@ -125,6 +126,12 @@ def test_arguments_are_those_of_the_entry() -> None:
     assert argument_bytes(ENTRY) == 3 * 5 * 4 + 7 + 2 * 2
 
 
+def test_operands_may_begin_with_a_tuple_type() -> None:
+    text = "%b (x: s32[]) -> s32[] {\n  %w = s32[] while((s32[], f32[4]{0}) %t), condition=%c\n}"
+    (line,) = instructions(text)
+    assert (line.kind, line.operands, line.attributes) == ("while", ("t",), ", condition=%c")
+
+
 def test_largest_buffers_are_those_of_main_memory() -> None:
     assert largest_buffers(ENTRY, count=2) == [
         Buffer(160, 2, "bf16[40,2]", "fusion", "jit(f)/relu"),
@@ -136,8 +143,13 @@ def test_largest_buffers_are_those_of_main_memory() -> None:
 def test_a_ring_sends_what_is_stated(devices: int) -> None:
     """Counted on a ring whose devices hand parts of a vector on, one per round."""
     size = 24 * devices
-    part = size // devices
-    gather = sum(part for _ in range(devices - 1))
+    held = [{device} for device in range(devices)]
+    newest, gather = list(range(devices)), 0
+    while any(len(parts) < devices for parts in held):
+        newest = [newest[device - 1] for device in range(devices)]
+        for parts, part in zip(held, newest, strict=True):
+            parts.add(part)
+        gather += 24  # each device sends one part to the next
     assert sent_bytes("all-gather", size, devices=devices) == gather
     assert sent_bytes("reduce-scatter", size, devices=devices) == gather
     assert sent_bytes("all-reduce", size, devices=devices) == 2 * gather

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import time
 import zlib
@@ -23,10 +24,9 @@ from mmljax.config import Config
 from mmljax.files import write_atomically
 from mmljax.mesh import AXIS, replicated, rows_sharding
 from mmljax.planning.counts import Counts
+from mmljax.planning.hlo_text import Memory, read_memory
 from mmljax.planning.operations import Operations, operations
-from mmljax.planning.program import Memory, read_memory
-from mmljax.retrieval.evaluate import NEIGHBORS, make_embed
-from mmljax.retrieval.search import neighbors_and_ranks
+from mmljax.retrieval.evaluate import NEIGHBORS, make_embed, score_queries
 from mmljax.text import one_line
 from mmljax.training.state import shardings
 from mmljax.training.trainer import Trainer, make_trainer
@@ -50,7 +50,7 @@ class DoesNotFit(Exception):
         self.needed, self.available = needed, available
 
 
-class Abstract(NamedTuple):
+class RunShapes(NamedTuple):
     """A run on a mesh as shapes with shardings."""
 
     trainer: Trainer
@@ -58,7 +58,7 @@ class Abstract(NamedTuple):
     mesh: Mesh
 
 
-def abstract_run(config: Config, counts: Counts, mesh: Mesh) -> Abstract:
+def abstract_run(config: Config, counts: Counts, mesh: Mesh) -> RunShapes:
     """A run's state and step on a mesh, whose devices need not be present.
 
     Raises:
@@ -82,7 +82,7 @@ def abstract_run(config: Config, counts: Counts, mesh: Mesh) -> Abstract:
     shapes = jax.eval_shape(state)
     (trainer,) = found
     spread = shardings(shapes, trainer.objective, mesh)
-    return Abstract(trainer, jax.tree.map(_struct, shapes, spread), mesh)
+    return RunShapes(trainer, jax.tree.map(_struct, shapes, spread), mesh)
 
 
 def _struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -100,16 +100,15 @@ def batch_shapes(config: Config, mesh: Mesh, *, channels: int) -> Batch:
     )
 
 
-def lower_step(run: Abstract, config: Config, *, channels: int) -> Any:
+def lower_step(run: RunShapes, config: Config, *, channels: int) -> Any:
     """The training step, ready to compile."""
     step: Any = run.trainer.step  # jitted
     return step.lower(run.state, batch_shapes(config, run.mesh, channels=channels))
 
 
-def lower_embedding(run: Abstract, config: Config, *, channels: int) -> Any:
+def lower_embedding(run: RunShapes, config: Config, *, channels: int) -> Any:
     """The embedding of one evaluation batch, ready to compile."""
-    devices = run.mesh.devices.size
-    size, side = -(-config.data.eval_batch_size // devices) * devices, config.data.image_size
+    size, side = config.data.eval_batch_size, config.data.image_size
     images = jax.ShapeDtypeStruct(
         (size, side, side, channels), np.uint8, sharding=rows_sharding(run.mesh)
     )
@@ -118,7 +117,10 @@ def lower_embedding(run: Abstract, config: Config, *, channels: int) -> Any:
 
 
 def lower_search(config: Config, counts: Counts, mesh: Mesh) -> Any:
-    """The search of all queries in the gallery, ready to compile."""
+    """The search and scores of an evaluation, ready to compile.
+
+    An item with more relevant images than neighbours are asked for makes the real one larger.
+    """
     whole, size = replicated(mesh), config.model.embedding_size
 
     def embeddings(count: int) -> tuple[Any, Any]:
@@ -130,18 +132,22 @@ def lower_search(config: Config, counts: Counts, mesh: Mesh) -> Any:
     (queries, query_labels) = embeddings(counts.queries)
     (gallery, gallery_labels) = embeddings(counts.gallery or counts.queries)
     own = None if counts.gallery else query_labels
-    search = partial(
-        neighbors_and_ranks,
-        k=min(max(*config.evaluation.recall_at, NEIGHBORS) + 1, gallery.shape[0] - 1),
-        mesh=mesh,
+    score: Any = score_queries  # jitted
+    return score.lower(
+        queries,
+        gallery,
+        query_labels,
+        gallery_labels,
+        query_labels,  # as many counts of relevant images
+        own,
+        recall_at=tuple(config.evaluation.recall_at),
+        k=min(max(*config.evaluation.recall_at, NEIGHBORS), len(gallery) - (own is not None)),
         chunk=config.evaluation.gallery_chunk,
-    )
-    return jax.jit(lambda *x, own: search(*x, self_index=own)).lower(
-        queries, gallery, query_labels, gallery_labels, own=own
+        mesh=mesh,
     )
 
 
-def count_step(run: Abstract, config: Config, *, channels: int) -> dict[str, Operations]:
+def count_step(run: RunShapes, config: Config, *, channels: int) -> dict[str, Operations]:
     """Operations of one device in a step: of the network and of the objectives."""
     platform = run.mesh.devices.flat[0].platform
     batch = batch_shapes(config, run.mesh, channels=channels)
@@ -204,7 +210,8 @@ def _digest(lowered: Any, name: str) -> str:
     versions = [importlib.metadata.version("jaxlib")]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions.append(importlib.metadata.version("libtpu"))
-    text = "\n".join([name.partition(": ")[0], *versions, lowered.as_text()])
+    flags = (os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+    text = "\n".join([name.partition(": ")[0], *versions, *flags, lowered.as_text()])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
