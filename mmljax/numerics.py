@@ -21,7 +21,12 @@ from mmljax.types import Values
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
     """The dtype in which features of a dtype are pooled, projected and normalised."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def promote(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert half precision to float32; float32 and float64 stay as they are."""
+    return x.astype(at_least_float32(x.dtype))
 
 
 def stochastic_round(x: Float[Array, "*n"], key: PRNGKeyArray) -> BFloat16[Array, "*n"]:
@@ -58,7 +63,7 @@ def l2_normalize(x: Float[Array, "*rows d"], *, epsilon: float = 1e-12) -> Float
         is ``1 / sqrt(epsilon)``, is finite in float16 too.
     """
     epsilon = max(epsilon, float(jnp.finfo(x.dtype).tiny) ** 2)
-    wide = x.astype(at_least_float32(x.dtype))
+    wide = promote(x)
     return (wide * inverse_lengths(wide, epsilon=epsilon)).astype(x.dtype)
 
 

@@ -95,7 +95,7 @@ def batch_sampler(
         if neighbors is None or math.floor((step + 1) * share) == before:
             return sampling.class_balanced_indices(index, seed=seed, step=step - before, **sizes)
         return composed_indices(
-            index, neighbors, seed=seed, step=step, group=config.composition.group, **sizes
+            index, neighbors, labels, seed=seed, step=step, group=config.composition.group, **sizes
         )
 
     return sample
@@ -104,6 +104,7 @@ def batch_sampler(
 def composed_indices(
     index: sampling.ClassIndex,
     neighbors: Neighbors,
+    labels: Int[np.ndarray, " n"],
     *,
     seed: int,
     step: int,
@@ -119,8 +120,9 @@ def composed_indices(
     image that brought a class takes the place of one of them, unless it was drawn.
 
     Args:
-      index: from :func:`mmljax.data.sampling.class_index`; its classes are 0, 1, ...
+      index: of the labels, from :func:`mmljax.data.sampling.class_index`.
       neighbors: at least one of the relations.
+      labels: of the images: 0, 1, ... without gaps.
       seed: not negative.
       step: number of the batch.
       batch_size: P x K.
@@ -129,8 +131,6 @@ def composed_indices(
     """
     numbers = sampling.generator(seed, sampling.COMPOSITION, step)
     classes = len(index.offsets) - 1
-    class_of = np.empty(len(index.order), np.int64)
-    class_of[index.order] = np.repeat(np.arange(classes), np.diff(index.offsets))
     batch: dict[int, np.ndarray] = {}
     chosen = batch_size // images_per_class
 
@@ -149,7 +149,7 @@ def composed_indices(
             continue
         add(anchor)
         room = min(group - 1, chosen - len(batch))
-        for label, image in _partners(neighbors, class_of, anchor, batch[anchor]):
+        for label, image in _partners(neighbors, labels, anchor, batch[anchor]):
             if not room:
                 break
             if label not in batch:
@@ -159,7 +159,7 @@ def composed_indices(
 
 
 def _partners(
-    neighbors: Neighbors, class_of: Int[np.ndarray, " n"], anchor: int, images: np.ndarray
+    neighbors: Neighbors, labels: Int[np.ndarray, " n"], anchor: int, images: np.ndarray
 ) -> Iterator[tuple[int, int | None]]:
     """The classes that an anchor brings, by either relation in turn, and the image of each."""
     near = [] if neighbors.classes is None else neighbors.classes[anchor].tolist()
@@ -168,4 +168,4 @@ def _partners(
         if label is not None:
             yield label, None
         if image is not None and image >= 0:
-            yield int(class_of[image]), image
+            yield int(labels[image]), image

@@ -8,14 +8,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmljax.numerics import squared_distances
+from mmljax.numerics import promote, squared_distances
 from mmljax.types import Values
-
-
-def promote(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Convert half precision to float32; float32 and float64 stay as they are."""
-    half = jnp.finfo(x.dtype).bits < 32
-    return x.astype(jnp.float32) if half else x
 
 
 def any_column(mask: Bool[Array, "n m"]) -> Bool[Array, " n"]:

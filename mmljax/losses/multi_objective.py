@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mmljax.config import Objective
+from mmljax.config import Objective, choose
 from mmljax.errors import UserError
 from mmljax.losses import registry
 from mmljax.losses.collectives import (
@@ -47,8 +47,7 @@ from mmljax.losses.relations import (
     nearest_class_proxies,
     objective_sums,
 )
-from mmljax.numerics import at_least_float32, inverse_lengths, similarity_matrix
-from mmljax.text import nearest
+from mmljax.numerics import inverse_lengths, promote, similarity_matrix
 from mmljax.types import BoundObjective, Combination, ObjectiveState, PairMasks, Points
 
 ObjectiveParams = dict[str, Any]
@@ -138,10 +137,7 @@ class MultiObjective:
         self.memory_size, self.memory_start = memory_size, memory_start
         self.row_block, self.multiple_of = row_block, multiple_of
         surgeries = {"none": False, "pcgrad": True}
-        if surgery not in surgeries:
-            known = nearest(surgery, surgeries)
-            raise UserError(f"--config.combination.surgery={surgery!r} is unknown; {known}")
-        self.surgery = surgeries[surgery]
+        self.surgery = choose(surgeries, surgery, key="config.combination.surgery")
         self.objectives = [self._bind(name, row) for name, row in rows.items()]
         self.combination = _make_combination(rows, combination, combination_params or {}, seed=seed)
 
@@ -371,17 +367,11 @@ class MultiObjective:
           UserError: naming the key of the config.
         """
         key = f"config.objectives.{name}"
-        if row.loss not in registry.LOSSES:
-            known = nearest(row.loss, registry.LOSSES)
-            raise UserError(f"--{key}.loss={row.loss!r} is unknown; {known}")
-        relation, loss = registry.LOSSES[row.loss]
+        relation, loss = choose(registry.LOSSES, row.loss, key=f"{key}.loss")
         bound = registry.bind(
             loss, row.params, key=f"{key}.params", supplied={"centers": self.centers}
         )
-        if row.mining not in registry.MINERS:
-            known = nearest(row.mining, registry.MINERS)
-            raise UserError(f"--{key}.mining={row.mining!r} is unknown; {known}")
-        miner = registry.MINERS[row.mining]
+        miner = choose(registry.MINERS, row.mining, key=f"{key}.mining")
         if miner is not None:
             supplied = {"dimension": self.dimension}
             miner = registry.bind(
@@ -423,9 +413,7 @@ def _make_combination(
     Raises:
       UserError: on an unknown name or hyperparameter, or a weight that cannot be learned.
     """
-    if name not in registry.COMBINATIONS:
-        known = nearest(name, registry.COMBINATIONS)
-        raise UserError(f"--config.combination.name={name!r} is unknown; {known}")
+    make = choose(registry.COMBINATIONS, name, key="config.combination.name")
     for objective, row in rows.items():
         if not row.weight > 0 and name not in ("fixed", "random"):
             raise UserError(
@@ -440,9 +428,7 @@ def _make_combination(
         ],
         "seed": seed,
     }
-    return registry.bind(
-        registry.COMBINATIONS[name], params, key="config.combination.params", supplied=supplied
-    )()
+    return registry.bind(make, params, key="config.combination.params", supplied=supplied)()
 
 
 def _normalized(shares: Sequence[float]) -> list[float]:
@@ -452,7 +438,7 @@ def _normalized(shares: Sequence[float]) -> list[float]:
 
 def _normalize(x: Array) -> tuple[Array, Array]:
     """Unit rows and the factors that made them so, in float32 at least."""
-    wide = x.astype(at_least_float32(x.dtype))
+    wide = promote(x)
     scale = inverse_lengths(wide)
     return wide * scale, scale
 

@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mmljax.losses.blocks import all_valid, any_column, chord_distance, promote
-from mmljax.numerics import masked_logsumexp, masked_mean
+from mmljax.losses.blocks import all_valid, any_column, chord_distance
+from mmljax.numerics import masked_logsumexp, masked_mean, promote
 from mmljax.types import PairMasks, Values
 
 

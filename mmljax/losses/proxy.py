@@ -29,8 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mmljax.errors import UserError
-from mmljax.losses.blocks import promote
-from mmljax.numerics import masked_logsumexp
+from mmljax.numerics import masked_logsumexp, promote
 from mmljax.types import PairMasks, Values
 
 

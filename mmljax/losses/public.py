@@ -15,9 +15,8 @@ from jaxtyping import Array, Bool
 from numpy.typing import ArrayLike
 
 from mmljax.errors import UserError
-from mmljax.losses.blocks import promote
 from mmljax.losses.mining import pair_masks
-from mmljax.numerics import l2_normalize
+from mmljax.numerics import l2_normalize, promote
 from mmljax.text import nearest
 from mmljax.types import PairMasks, Points
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmljax.losses.blocks import promote
-from mmljax.numerics import masked_mean
+from mmljax.numerics import masked_mean, promote
 from mmljax.types import PairMasks, Values
 
 

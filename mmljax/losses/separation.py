@@ -18,8 +18,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmljax.losses.blocks import all_valid, any_column, chord_distance, promote, squared_chord
-from mmljax.numerics import masked_logsumexp, masked_mean
+from mmljax.losses.blocks import all_valid, any_column, chord_distance, squared_chord
+from mmljax.numerics import masked_logsumexp, masked_mean, promote
 from mmljax.types import PairMasks, Values
 
 _CLOSEST = 1e-4  # squared distance below which the energy is constant

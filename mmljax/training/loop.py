@@ -121,9 +121,10 @@ def _train(config: Config, place: remote.Place, dataset: Dataset | None) -> dict
         )
         stack.callback(saved.close)
         state, first = _restore(saved, trainer)
-        local = first == 0 and not place.remote
-        if local and (room := check_disk(workdir, state, kept=config.checkpoint)).failed:
-            raise UserError(f"disk: {room.text}")
+        if first == 0 and not place.remote:
+            room = check_disk(workdir, state, kept=config.checkpoint)
+            if room.failed:
+                raise UserError(f"disk: {room.text}")
         _describe(config, dataset, state, total=total, first=first)
         if first == 0:
             state = init_proxies(state, config, dataset, trainer, mesh)

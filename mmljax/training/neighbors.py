@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -44,7 +45,7 @@ def make_batches(config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh)
             state = state._replace(neighbors=refresh(state))
         end = min(trainer.total_steps, step - step % every + every if every else 2**62)
         batches = load.train_batches(
-            dataset, config, mesh, range(step, end), neighbors=on_host(state)
+            dataset, config, mesh, range(step, end), neighbors=on_host(state.neighbors)
         )
         return state, batches
 
@@ -78,6 +79,9 @@ def make_refresh(
     """
     tables = RULES[config.data.composition.rule]
     embed = make_embed(trainer.graphdef)
+    if "images" in tables:
+        kept = readable(dataset.train, config)
+        split = Split(*(field[kept] for field in dataset.train))
 
     def refresh(state: TrainState) -> dict[str, np.ndarray]:
         found = {}
@@ -90,8 +94,6 @@ def make_refresh(
                 mesh=mesh,
             )
         if "images" in tables:
-            kept = readable(dataset.train, config)
-            split = Split(*(field[kept] for field in dataset.train))
             batches = load.eval_batches(split, config, mesh)
             vectors, labels = embed_on_devices(partial(embed, *state.evaluated), batches)
             images = np.full(len(dataset.train.labels), -1, np.int32)
@@ -102,11 +104,9 @@ def make_refresh(
     return refresh
 
 
-def on_host(state: TrainState) -> Neighbors | None:
-    """The relations of a state; None if no batch is composed."""
-    if not state.neighbors:
-        return None
-    return Neighbors(**{name: to_host(table) for name, table in state.neighbors.items()})
+def on_host(tables: Any) -> Neighbors | None:
+    """The relations of a state's ``neighbors``; None if no batch is composed."""
+    return Neighbors(**{name: to_host(table) for name, table in tables.items()}) if tables else None
 
 
 def nearest_classes(

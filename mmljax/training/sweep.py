@@ -308,7 +308,7 @@ def _batches(
                 steps=steps,
                 rows=slice(None),
                 place=lambda batch: batch,
-                neighbors=neighbors.on_host(_run_of(states, i)) if composed else None,
+                neighbors=neighbors.on_host(jax.tree.map(lambda x, i=i: x[i], states.neighbors)),
             )
     for _ in steps:
         now = {key: next(stream) for key, stream in streams.items()}

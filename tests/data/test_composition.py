@@ -49,7 +49,7 @@ def of(rule: str) -> Neighbors:
 def composed(rule: str, step: int, *, group: int = 4, seed: int = 0) -> np.ndarray:
     index = sampling.class_index(labels())
     sizes = {"batch_size": 40, "images_per_class": IMAGES, "group": group}
-    return composed_indices(index, of(rule), seed=seed, step=step, **sizes)
+    return composed_indices(index, of(rule), labels(), seed=seed, step=step, **sizes)
 
 
 @pytest.mark.parametrize("group", [2, 4, 10])
@@ -114,6 +114,7 @@ def test_the_share_of_batches_is_composed_and_no_other_is_left_out(share: float)
         made = composed_indices(
             sampling.class_index(known),
             of("proxy"),
+            known,
             seed=3,
             step=step,
             batch_size=40,
@@ -132,7 +133,7 @@ def test_an_image_without_a_known_neighbour_brings_none() -> None:
     nothing = Neighbors(images=np.full(len(known), -1, np.int32))
     index = sampling.class_index(known)
     batch = composed_indices(
-        index, nothing, seed=0, step=0, batch_size=40, images_per_class=IMAGES, group=4
+        index, nothing, known, seed=0, step=0, batch_size=40, images_per_class=IMAGES, group=4
     )
     assert len(set(known[batch].tolist())) == 10
 

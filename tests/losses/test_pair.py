@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmljax.losses import pair, ranking
+from mmljax.losses import pair, proxy, ranking, separation
 from mmljax.types import PairMasks
 from objective_blocks import quick_jit, random_block
 
@@ -57,6 +57,10 @@ def test_smooth_ap_is_the_average_precision_when_the_sigmoids_are_steps():
     "loss",
     [
         partial(pair.multi_similarity_loss, alpha=500.0, beta=500.0, base=0.0),
+        partial(pair.multi_similarity_loss, alpha=500.0, beta=30.0, base=0.9),
+        partial(pair.multi_similarity_loss, alpha=30.0, beta=500.0, base=-0.9),
+        partial(proxy.proxy_anchor_loss, alpha=500.0, margin=0.9),
+        partial(separation.nearest_proxy_separation_loss, gamma=500.0, margin=-0.9),
         partial(pair.circle_loss, margin=0.4, gamma=1000.0),
         partial(pair.supcon_loss, temperature=1e-3),
         partial(pair.nt_xent_loss, temperature=1e-3),
@@ -66,6 +70,8 @@ def test_smooth_ap_is_the_average_precision_when_the_sigmoids_are_steps():
 )
 def test_sharp_exponents_do_not_overflow(loss):
     similarity, masks = random_block(8, 12, seed=3)
+    for mask in masks:  # the ends of the range, in both masks
+        similarity[np.nonzero(mask)[0][:2], np.nonzero(mask)[1][:2]] = -1, 1
     total = quick_jit(jax.value_and_grad(lambda s, masks: loss(s, masks).value.sum()))
     value, gradient = total(similarity.astype(np.float32), masks)
     assert np.isfinite(value)
