@@ -433,7 +433,7 @@ def finetune(options: argparse.Namespace) -> None:
     pair, proxy = (best_of(scores, proxies=kind) for kind in (False, True))
     composed = max((n for n in rows if n.startswith("all, share, b")), key=scores.__getitem__)
     names = [pair, proxy, "multi_similarity", "pair + proxy", "all, share", "all, uncertainty"]
-    names += ["best three, uncertainty", composed]
+    names += [composed]
     for seed in range(options.seeds):  # seed by seed, so that an unfinished study is paired too
         for name in dict.fromkeys(names):
             setting = {k: v for k, v in chosen[name].items() if not k.startswith("optimizer.")}

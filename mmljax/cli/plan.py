@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     targets = [chips.tpu_target(name) for name in options.topology] or [chips.present_target()]
     sizes = {name: getattr(options, name) for name in ("classes", "images", "queries", "gallery")}
     counts = count(config, **sizes)
-    found, code = [], 0
+    found, plans, code = [], [], 0
     for target in targets:
         chosen = plan.fitting_config(config, counts, devices=len(target.devices))
         try:
@@ -93,10 +93,13 @@ def run(options: argparse.Namespace) -> int:
             found.append(report.refusal_json(target, error))
             code = 2
             continue
+        plans.append(made)
         found.append(report.plan_json(made))
         if not options.json:
             text = report.plan_text(made, buffers=options.buffers, price=options.price)
             print(text, end="\n\n", flush=True)
     if options.json:
         print(json.dumps(found, indent=2))
+    elif len(plans) > 1:
+        print(report.comparison_text(plans, price=options.price))
     return code

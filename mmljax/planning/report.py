@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mmljax.planning.chips import Target
-from mmljax.planning.plan import Bounds, Plan, TooLarge
+from mmljax.planning.plan import STEP, Bounds, Plan, TooLarge
 from mmljax.text import size_text, text_table
 
 _GROUPS = {  # of state_bytes: row of the table
@@ -33,6 +34,34 @@ def plan_text(plan: Plan, *, buffers: int = 0, price: float = 0.0) -> str:
     if buffers:
         blocks.append(_buffers(plan, buffers))
     return "\n\n".join(block for block in blocks if block)
+
+
+def comparison_text(plans: Sequence[Plan], *, price: float = 0.0) -> str:
+    """One row for each target, for a choice among them.
+
+    The bound is the largest of those of a step, so the images per second are an upper bound.
+
+    Args:
+      plans: of one config on several targets.
+      price: of one chip for an hour, in any currency; 0 for none.
+    """
+    head = ["target", "devices", "batch", "MiB of a step", "of", "bound of a step, ms"]
+    rows = [[*head, "images/s at most", "run at least, s", *(["cost at least"] if price else [])]]
+    for plan in plans:
+        row = [plan.target, str(plan.devices), str(plan.batch_size)]
+        row += [_mib(plan.memory[STEP].total), _mib(plan.available)]
+        if plan.bounds:
+            step = max(plan.bounds)
+            row += [f"{1e3 * step:.3f}", f"{plan.batch_size / step:.0f}"]
+            row += [f"{plan.steps * step:.0f}"]
+            row += [f"{_cost(plan, step, price):.2f}"] if price else []
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    return text_table(rows)
+
+
+def _cost(plan: Plan, step: float, price: float) -> float:
+    """Of a run whose steps take so many seconds."""
+    return plan.steps * step / 3600 * plan.devices * price
 
 
 def _title(plan: Plan) -> str:
@@ -109,7 +138,7 @@ def _run(plan: Plan, bounds: Bounds, *, price: float) -> str:
     least = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
     text = f"{plan.steps} steps: at least {least}"
     if price:
-        cost = seconds / 3600 * plan.devices * price
+        cost = _cost(plan, max(bounds), price)
         text += f" and {cost:.2f} ({plan.devices} chips, {price:g} an hour each)"
     return f"{text}, without evaluation, input wait and start"
 

@@ -14,7 +14,7 @@ import pytest
 from mmljax.cli import main
 from mmljax.config import load_config
 from mmljax.errors import UserError
-from mmljax.planning import chips, counts, plan
+from mmljax.planning import chips, counts, plan, report
 from mmljax.planning.hlo_text import Memory, Traffic
 from mmljax.planning.operations import Operations
 from mmljax.planning.programs import needed_and_available
@@ -125,6 +125,31 @@ def test_bounds_are_those_computed_by_hand():
         devices=4,
     )
     assert found == pytest.approx((900 / 1000, (30 + 20 + 2 * 25) / 50, 40 * 3 / 4 / 10))
+
+
+def test_targets_are_compared_by_figures_computed_by_hand():
+    one = plan.Plan(
+        *("v5e:2x2", 4, 100 * 2**20, 64, 7200, counts.Counts(9, 90), {}, 0, 0),
+        {plan.STEP: Memory(arguments=2**20, outputs=0, aliased=0, work=2**21, code=2**19)},
+        *({}, {}, plan.Bounds(0.5e-3, 2e-3, 1e-3), ()),
+    )
+    other = one._replace(target="cpu", bounds=None)
+    lines = report.comparison_text([one, other], price=1.5).splitlines()
+    assert len({len(line) for line in lines[:2]}) == 1
+    assert lines[0].endswith("images/s at most  run at least, s  cost at least")
+    assert lines[1].split() == [
+        "v5e:2x2",
+        "4",
+        "64",
+        "3.5",
+        "100.0",
+        "2.000",
+        "32000",
+        "14",
+        "0.02",
+    ]
+    assert lines[2].split() == ["cpu", "4", "64", "3.5", "100.0"]
+    assert "cost" not in report.comparison_text([one, other])
 
 
 @pytest.mark.parametrize(
