@@ -1,18 +1,21 @@
-"""A run small enough for tests: a two-layer network with BatchNorm, and batches of noise."""
+"""Runs small enough for tests: a two-layer network or an embedder, and batches of noise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
-from mmljax.config import GroupConfig, Objective, OptimizerConfig, RunSize
+from mmljax.config import GroupConfig, ModelConfig, Objective, OptimizerConfig, RunSize
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS, make_mesh, place
+from mmljax.models.embedder import Embedder, make_embedder
 from mmljax.numerics import l2_normalize
 from mmljax.training import optim
 from mmljax.training.state import make_state
@@ -144,3 +147,47 @@ def make(
         ema_decay=ema_decay,
     )
     return step, state, partial(place, mesh=mesh), graphdef
+
+
+def rngs() -> nnx.Rngs:
+    """The source of an embedder's parameters, by the generator that compiles fastest."""
+    return nnx.Rngs(jax.random.key(0, impl="rbg"))
+
+
+def image_batch(index: int, *, pixels: int, size: int = 32) -> Batch:
+    """Noise of three channels, ``pixels`` a side, with four images per class."""
+    shape = (size, pixels, pixels, 3)
+    images = np.random.default_rng(index).integers(0, 256, shape, np.uint8)
+    return Batch(images, np.resize(batch(index).labels, size), np.ones(size, bool))
+
+
+def make_embedder_step(
+    config: ModelConfig,
+    *,
+    devices: int,
+    rate: float = 1.0,
+    change: Callable[[Embedder], None] = lambda model: None,
+    compile_for: Any = None,
+    micro_batches: int = 1,
+) -> tuple[Any, TrainState, Any]:
+    """``(step, state, place)`` of an embedder with random weights under gradient descent.
+
+    Args:
+      config: of the model.
+      devices: how many virtual devices hold the state.
+      rate: learning rate.
+      change: what is done to the model first.
+      compile_for: the mesh of the step, if it is another one.
+      micro_batches: of a step.
+    """
+    mesh = make_mesh(jax.devices()[:devices])
+    model = make_embedder(config, channels=3, rngs=rngs())
+    change(model)
+    graphdef, network, rest = nnx.split(model, nnx.Param, ...)
+    kind = {"objective": make_objective(), "optimizer": optax.sgd(rate)}
+    pure = nnx.to_pure_dict
+    state = make_state(pure(network), pure(rest), seed=3, mesh=mesh, **kind)
+    step = make_train_step(
+        graphdef=graphdef, mesh=compile_for or mesh, micro_batches=micro_batches, **kind
+    )
+    return step, state, partial(place, mesh=mesh)

@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 import tiny
 from mmljax.config import ModelConfig, load_config
 from mmljax.errors import UserError
-from mmljax.mesh import make_mesh, place
 from mmljax.models.backbones import make_backbone
 from mmljax.models.conv_norm import conv_norm
 from mmljax.models.drop_path import ResidualBlock
@@ -24,15 +22,8 @@ from mmljax.models.efficientnet import InvertedBottleneck
 from mmljax.models.embedder import make_embedder
 from mmljax.models.resnet import BasicBlock, Bottleneck
 from mmljax.models.vit import Architecture, Block
-from mmljax.training.state import make_state
-from mmljax.training.step import make_train_step
-from mmljax.types import Batch
 
 RATE = 0.4
-
-
-def rngs() -> nnx.Rngs:
-    return nnx.Rngs(jax.random.key(0, impl="rbg"))
 
 
 @pytest.mark.parametrize(
@@ -41,11 +32,11 @@ def rngs() -> nnx.Rngs:
 )
 def test_rates_rise_linearly_to_that_of_the_last_block(name: str, count: int) -> None:
     build = partial(make_backbone, name, width=8, channels=3, dtype=jnp.float32)
-    network = nnx.eval_shape(lambda: build(rngs=rngs(), drop_path=0.24))
+    network = nnx.eval_shape(lambda: build(rngs=tiny.rngs(), drop_path=0.24))
     assert [block.number for block in network.blocks] == list(range(1, count + 1))
     found = [block.drop_rate for block in network.blocks]
     np.testing.assert_allclose(found, np.linspace(0, 0.24, count + 1)[1:])
-    plain = nnx.eval_shape(lambda: build(rngs=rngs()))
+    plain = nnx.eval_shape(lambda: build(rngs=tiny.rngs()))
     assert {block.drop_rate for block in plain.blocks} == {0.0}
 
 
@@ -76,7 +67,7 @@ def test_a_branch_against_a_loop() -> None:
     np.testing.assert_allclose(gradient, 2 * found[0] / 0.6, rtol=1e-5)
 
 
-KIND: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs()}
+KIND: dict[str, Any] = {"dtype": jnp.float32, "rngs": tiny.rngs()}
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -131,16 +122,17 @@ CONFIG = ModelConfig(
 )
 
 
-def images(count: int = 16) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), np.uint8)
-
-
 @pytest.mark.slow
 def test_only_training_with_keys_drops() -> None:
     with jax.enable_x64(True):
-        model = make_embedder(CONFIG, channels=3, rngs=rngs())
-        plain = make_embedder(dataclasses.replace(CONFIG, drop_path=0.0), channels=3, rngs=rngs())
-        x, keys = jnp.asarray(images()), jax.random.split(jax.random.key(0), 16)
+        model = make_embedder(CONFIG, channels=3, rngs=tiny.rngs())
+        plain = make_embedder(
+            dataclasses.replace(CONFIG, drop_path=0.0), channels=3, rngs=tiny.rngs()
+        )
+        x, keys = (
+            jnp.asarray(tiny.image_batch(0, pixels=12, size=16).images),
+            jax.random.split(jax.random.key(0), 16),
+        )
         expected = np.asarray(plain(x, train=False))
         np.testing.assert_array_equal(model(x, train=False, keys=keys), expected)
         np.testing.assert_array_equal(model(x, train=True), expected)
@@ -151,17 +143,6 @@ def test_only_training_with_keys_drops() -> None:
         np.testing.assert_allclose(half, dropped[8:], rtol=1e-9, atol=1e-12)
 
 
-def make(devices: int) -> Any:
-    """The step on that many devices, the first state, and its layout."""
-    mesh = make_mesh(jax.devices()[:devices])
-    model = make_embedder(CONFIG, channels=3, rngs=rngs())
-    graphdef, network, rest = nnx.split(model, nnx.Param, ...)
-    kind = {"objective": tiny.make_objective(), "optimizer": optax.sgd(0.1), "mesh": mesh}
-    pure = nnx.to_pure_dict
-    state = make_state(pure(network), pure(rest), seed=3, **kind)
-    return make_train_step(graphdef=graphdef, **kind), state, mesh
-
-
 def plain(state: Any) -> list[np.ndarray]:
     state = state._replace(objective=state.objective._replace(key=0))
     return [np.asarray(x) for x in jax.tree.leaves(state)]
@@ -170,15 +151,15 @@ def plain(state: Any) -> list[np.ndarray]:
 @pytest.mark.slow
 def test_eight_devices_equal_one_at_every_step() -> None:
     with jax.enable_x64(True):
-        (one, state, mesh), (eight, other, other_mesh) = make(1), make(8)
+        one, state, put = tiny.make_embedder_step(CONFIG, devices=1, rate=0.1)
+        eight, other, put_eight = tiny.make_embedder_step(CONFIG, devices=8, rate=0.1)
         layout = jax.tree.map(lambda x: x.sharding, other)
         for index in range(3):
-            labels = tiny.batch(index, size=16).labels
-            batch = Batch(images(), labels, np.ones(16, bool))
+            batch = tiny.image_batch(index, pixels=12, size=16)
             other, _ = eight(
-                jax.device_put(jax.tree.map(jnp.copy, state), layout), place(batch, other_mesh)
+                jax.device_put(jax.tree.map(jnp.copy, state), layout), put_eight(batch)
             )
-            state, _ = one(state, place(batch, mesh))
+            state, _ = one(state, put(batch))
             for a, b in zip(plain(state), plain(other), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.experimental import topologies
@@ -19,7 +18,7 @@ from jax.sharding import NamedSharding
 import tiny
 from mmljax.config import ModelConfig, load_config
 from mmljax.errors import UserError
-from mmljax.mesh import make_mesh, place
+from mmljax.mesh import make_mesh
 from mmljax.models import efficientnet
 from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.backbones import BACKBONES
@@ -28,9 +27,6 @@ from mmljax.models.embedder import make_embedder
 from mmljax.models.remat import REMATS
 from mmljax.models.resnet import BasicBlock, Bottleneck, ResNet, Stem
 from mmljax.models.vit import VisionTransformer
-from mmljax.training.state import make_state
-from mmljax.training.step import make_train_step
-from mmljax.types import Batch
 
 FINE = Stem(kernel=3, stride=2, max_pool=False)
 NETWORKS = {
@@ -62,27 +58,11 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(BACKBONES, name, build)
 
 
-def make(
-    config: ModelConfig, *, devices: int, size: int = 16, count: int = 32, compile_for: Any = None
-) -> Any:
-    """The step, the state and a batch."""
-    mesh = make_mesh(jax.devices()[:devices])
-    model = make_embedder(config, channels=3, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")))
-    graphdef, network, rest = nnx.split(model, nnx.Param, ...)
-    kind = {"objective": tiny.make_objective(), "optimizer": optax.sgd(1.0), "mesh": mesh}
-    pure = nnx.to_pure_dict
-    state = make_state(pure(network), pure(rest), seed=3, **kind)
-    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-    batch = Batch(images, np.resize(tiny.batch(0).labels, count), np.ones(count, bool))
-    step = make_train_step(graphdef=graphdef, **kind | {"mesh": compile_for or mesh})
-    return step, state, place(batch, mesh)
-
-
 def stepped(config: ModelConfig, *, devices: int) -> Any:
     """The change of all parameters, and the statistics after the step."""
-    step, state, batch = make(config, devices=devices)
+    step, state, place = tiny.make_embedder_step(config, devices=devices)
     before = jax.device_get((state.params, state.model_state))
-    after, _ = step(state, batch)
+    after, _ = step(state, place(tiny.image_batch(0, pixels=16)))
     change = jax.tree.map(lambda a, b: np.asarray(a) - b, after.params, before[0])
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, after.model_state, before[1])
     return change, moved
@@ -165,13 +145,12 @@ def test_a_step_compiled_for_tpus_takes_less_memory(
     mesh, sizes = make_mesh(found), []
     for remat in ("none", "blocks"):
         config = dataclasses.replace(DEEP, remat=remat)
-        _, *arguments = make(config, devices=4, size=64)
-        step, *_ = make(config, devices=4, size=64, compile_for=mesh)
+        step, state, place = tiny.make_embedder_step(config, devices=4, compile_for=mesh)
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
             ),
-            arguments,
+            (state, place(tiny.image_batch(0, pixels=64))),
         )
         compiled = step.lower(*shapes).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
@@ -190,7 +169,8 @@ def test_nothing_is_summed_over_the_devices_again(networks: None) -> None:
     counts = []
     for remat in ("none", "blocks", "full"):
         config = dataclasses.replace(CONFIG, backbone="basic", compute_dtype="float32", remat=remat)
-        step, state, batch = make(config, devices=2)
+        step, state, place = tiny.make_embedder_step(config, devices=2)
+        batch = place(tiny.image_batch(0, pixels=16))
         found = list(primitives(jax.make_jaxpr(step)(state, batch).jaxpr))
         counts.append(sum("psum" in name for name in found))
         assert ("remat2" in found or "checkpoint" in found) == (remat != "none")

@@ -8,20 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import tiny
 from mmljax.config import ModelConfig, load_config
 from mmljax.errors import UserError
-from mmljax.mesh import make_mesh, place
-from mmljax.models.embedder import make_embedder
-from mmljax.training.state import make_state
-from mmljax.training.step import make_train_step
+from mmljax.mesh import make_mesh
+from mmljax.models.embedder import Embedder
 from mmljax.training.trainer import make_trainer
-from mmljax.types import Batch
 
 CONVOLUTIONS = ModelConfig(
     backbone="small",
@@ -41,19 +36,15 @@ CONVOLUTIONS_32 = dataclasses.replace(CONVOLUTIONS, compute_dtype="float32")
 
 def make(config: ModelConfig, *, devices: int, parts: int, size: int, count: int = 32) -> Any:
     """The step, the state and a batch."""
-    mesh = make_mesh(jax.devices()[:devices])
-    model = make_embedder(config, channels=3, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")))
-    if config.backbone == "vit_s16":
-        model.backbone.blocks = model.backbone.blocks[8:11]
-    graphdef, network, rest = nnx.split(model, nnx.Param, ...)
-    kind = {"objective": tiny.make_objective(), "optimizer": optax.sgd(1.0), "mesh": mesh}
-    pure = nnx.to_pure_dict
-    state = make_state(pure(network), pure(rest), seed=3, **kind)
-    step = make_train_step(graphdef=graphdef, micro_batches=parts, **kind)
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (count, size, size, 3), np.uint8)
-    batch = Batch(images, np.resize(tiny.batch(0).labels, count), np.ones(count, bool))
-    return step, state, place(batch, mesh)
+
+    def shorten(model: Embedder) -> None:
+        if config.backbone == "vit_s16":
+            model.backbone.blocks = model.backbone.blocks[8:11]
+
+    step, state, place = tiny.make_embedder_step(
+        config, devices=devices, micro_batches=parts, change=shorten
+    )
+    return step, state, place(tiny.image_batch(0, pixels=size, size=count))
 
 
 def stepped(*arguments: Any, **options: Any) -> Any:
