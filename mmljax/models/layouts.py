@@ -120,19 +120,22 @@ VIT_TORCHVISION: Rows = (
     ("encoder.layers.encoder_layer_{b}.mlp.linear_{i}", "blocks.{b}.mlp.fc{i}", LINEAR),
     ("encoder.ln", "norm", NORM),
 )
-VIT_HUGGING_FACE: Rows = (
+VIT_BLOCKS_HUGGING_FACE: Rows = (  # of DINOv2 too
     ("embeddings.cls_token", "cls_token", ARRAY),
     ("embeddings.position_embeddings", "pos_embed", ARRAY),
     ("embeddings.patch_embeddings.projection", "patch_embed", CONV),
-    ("encoder.layer.{b}.layernorm_before", "blocks.{b}.norm1", NORM),
     ("encoder.layer.{b}.attention.attention.query", "blocks.{b}.attn.qkv", FIRST),
     ("encoder.layer.{b}.attention.attention.key", "blocks.{b}.attn.qkv", SECOND),
     ("encoder.layer.{b}.attention.attention.value", "blocks.{b}.attn.qkv", THIRD),
     ("encoder.layer.{b}.attention.output.dense", "blocks.{b}.attn.proj", LINEAR),
+    ("layernorm", "norm", NORM),
+)
+VIT_HUGGING_FACE: Rows = (
+    *VIT_BLOCKS_HUGGING_FACE,
+    ("encoder.layer.{b}.layernorm_before", "blocks.{b}.norm1", NORM),
     ("encoder.layer.{b}.layernorm_after", "blocks.{b}.norm2", NORM),
     ("encoder.layer.{b}.intermediate.dense", "blocks.{b}.mlp.fc1", LINEAR),
     ("encoder.layer.{b}.output.dense", "blocks.{b}.mlp.fc2", LINEAR),
-    ("layernorm", "norm", NORM),
 )
 CLIP_BLOCKS_HUGGING_FACE: Rows = (  # of SigLIP too
     ("encoder.layers.{b}.layer_norm1", "blocks.{b}.norm1", NORM),
@@ -178,20 +181,13 @@ CLIP_ORIGINAL: Rows = (  # of OpenAI, OpenCLIP and the Perception Encoder
     ("visual.attn_pool.mlp.c_proj", "attn_pool.mlp.fc2", LINEAR),
 )
 DINOV2_HUGGING_FACE: Rows = (
-    ("embeddings.cls_token", "cls_token", ARRAY),
+    *VIT_BLOCKS_HUGGING_FACE,
     ("embeddings.register_tokens", "reg_token", ARRAY),
-    ("embeddings.position_embeddings", "pos_embed", ARRAY),
-    ("embeddings.patch_embeddings.projection", "patch_embed", CONV),
     ("encoder.layer.{b}.norm{i}", "blocks.{b}.norm{i}", NORM),
-    ("encoder.layer.{b}.attention.attention.query", "blocks.{b}.attn.qkv", FIRST),
-    ("encoder.layer.{b}.attention.attention.key", "blocks.{b}.attn.qkv", SECOND),
-    ("encoder.layer.{b}.attention.attention.value", "blocks.{b}.attn.qkv", THIRD),
-    ("encoder.layer.{b}.attention.output.dense", "blocks.{b}.attn.proj", LINEAR),
     ("encoder.layer.{b}.layer_scale{i}", "blocks.{b}.gamma{i}", GAMMA),
     ("encoder.layer.{b}.mlp.fc{i}", "blocks.{b}.mlp.fc{i}", LINEAR),
     ("encoder.layer.{b}.mlp.weights_in", "blocks.{b}.mlp.fc1", LINEAR),
     ("encoder.layer.{b}.mlp.weights_out", "blocks.{b}.mlp.fc2", LINEAR),
-    ("layernorm", "norm", NORM),
 )
 DINOV3_BLOCKS_HUGGING_FACE: Rows = (
     ("embeddings.cls_token", "cls_token", ARRAY),

@@ -55,13 +55,15 @@ def convert(
       UserError: if the layout is unknown, a name is unexpected or missing, or a shape differs.
     """
     layout = _find_layout(weights, source=source)
-    parts, unexpected = _rename_all(weights, shapes, layout)
+    rules = _rules(layout.rows)
+    targets = _part_targets(rules)
+    parts, unexpected = _rename_all(weights, shapes, layout, rules)
     _add_zeros(parts, shapes, layout)
     found: dict[str, np.ndarray] = {}
     missing, other = [], []
     for name, shape in shapes.items():
         given = parts.get(name, {})
-        lacking = _expected_parts(name, layout) - given.keys() if "" not in given else set()
+        lacking = _expected_parts(name, targets) - given.keys() if "" not in given else set()
         if not given or lacking:
             missing.append(f"{name}{''.join(f' (part {part})' for part in sorted(lacking))}")
             continue
@@ -76,7 +78,8 @@ def convert(
         listed = [f"{len(x)} {problem}: {_list(x)}" for problem, x in problems.items() if x]
         raise UserError(
             f"--config.model.pretrained={source!r}, {layout.name}, does not fit "
-            f"--config.model.backbone and width: {'; '.join(listed)}"
+            f"--config.model.backbone and width: {'; '.join(listed)}; choose weights of "
+            "this backbone, or the backbone and width of these weights"
         )
     return found
 
@@ -93,8 +96,8 @@ def _find_layout(weights: Mapping[str, np.ndarray], *, source: str) -> Layout:
         short = (re.sub(f"^{layout.prefix}", "", name) for name in weights)
         return sum(bool(_rename(name, rules)[0][0]) for name in short)
 
-    nearest = max(LAYOUTS, key=known)
-    if known(nearest) > len(weights) / 2:
+    count, nearest = max(((known(layout), layout) for layout in LAYOUTS), key=lambda x: x[0])
+    if count > len(weights) / 2:
         return nearest
     raise UserError(
         f"--config.model.pretrained={source!r} is none of: "
@@ -103,10 +106,12 @@ def _find_layout(weights: Mapping[str, np.ndarray], *, source: str) -> Layout:
 
 
 def _rename_all(
-    weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], layout: Layout
+    weights: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Layout,
+    rules: list[Rule],
 ) -> tuple[_Parts, list[str]]:
     """Return the arrays by our names and parts, and the names that no rule knows."""
-    rules = _rules(layout.rows)
     parts: _Parts = {}
     unexpected = []
     for name, value in weights.items():
@@ -139,16 +144,21 @@ def _add_zeros(parts: _Parts, shapes: Mapping[str, tuple[int, ...]], layout: Lay
             given = parts.setdefault(name, {})
             if part in given or (given and not part):
                 continue
-            shape, axis = list(shapes[name]), _axis(name)
-            filled = sum(x.shape[axis] for _, x in given.values() if x.ndim == len(shape))
-            shape[axis] = max(0, shape[axis] - filled)
-            given[part] = "0", np.zeros(shape, np.float32)
+            shape = list(shapes[name])
+            if part:
+                shape[_axis(name)] = 1  # the only such part is the position of the class token
+            given[part] = "zeros", np.zeros(shape, np.float32)
 
 
-def _expected_parts(name: str, layout: Layout) -> set[str]:
+def _part_targets(rules: Iterable[Rule]) -> list[tuple[re.Pattern[str], str]]:
+    """Return the patterns of our arrays that are made of several of theirs, with each part."""
+    targets = (ours.partition("#") for _, ours, _ in rules)
+    return [(_pattern(ours), part) for ours, _, part in targets if part]
+
+
+def _expected_parts(name: str, targets: Iterable[tuple[re.Pattern[str], str]]) -> set[str]:
     """Return the parts of which a layout's files make our array, where it is not one of theirs."""
-    targets = (ours.partition("#") for _, ours, _ in _rules(layout.rows))
-    return {part for ours, _, part in targets if part and _pattern(ours).fullmatch(name)}
+    return {part for pattern, part in targets if pattern.fullmatch(name)}
 
 
 def _axis(name: str) -> int:

@@ -263,6 +263,13 @@ def test_a_siglip_file_fills_the_network_and_its_text_tower_is_ignored() -> None
     np.testing.assert_array_equal(found["attn_pool.qkv.kernel"], packed.T)
 
 
+def test_the_rules_of_a_layout_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, built = pretrained._rules, []
+    monkeypatch.setattr(pretrained, "_rules", lambda rows: built.append(rows) or build(rows))
+    converted(siglip_file(), small_vit("vit_b_16_siglip"))
+    assert len(built) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
@@ -318,6 +325,17 @@ def test_parts_that_a_layout_leaves_out_are_zero() -> None:
     del own["blocks.0.attn.v_bias"]
     with pytest.raises(UserError, match=r"missing: blocks.0.attn.qkv_bias \(part 1\)"):
         converted(theirs | own, rotary)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, PATCHES + 1, 9])
+def test_positions_of_another_grid_are_refused_where_the_class_tokens_is_zero(tokens: int) -> None:
+    """Zeros stand for the class token alone, never for patches that the file does not have."""
+    registers = small_vit("dinov2_vit_s_14_reg", patch=16)
+    theirs = timm_names(registers)
+    theirs["pos_embed"] = np.ones((1, tokens, SIZE), np.float32)
+    shapes = rf"pos_embed \(1, {tokens}, 8\) .*zeros \(1, 1, 8\).* for \(1, 5, 8\)"
+    with pytest.raises(UserError, match=rf"{shapes}; choose weights of this backbone"):
+        converted(theirs, registers)
 
 
 def timm_names(backbone: Any) -> dict[str, np.ndarray]:
