@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 
@@ -27,6 +26,7 @@ from mmljax.models.embedder import make_embedder
 from mmljax.models.remat import REMATS
 from mmljax.models.resnet import BasicBlock, Bottleneck, ResNet, Stem
 from mmljax.models.vit import VisionTransformer
+from mmljax.planning import chips
 
 FINE = Stem(kernel=3, stride=2, max_pool=False)
 NETWORKS = {
@@ -99,12 +99,6 @@ def test_gradients_and_statistics_are_the_same(
                 np.testing.assert_allclose(b, a, rtol=1e-9)
 
 
-TPU_ENVIRONMENT = {  # no metadata server is asked
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
 DEEP = dataclasses.replace(
     CONFIG, backbone="deep", compute_dtype="float32", batch_norm="frozen", drop_path=0.0
 )
@@ -134,15 +128,10 @@ def test_blocks_keep_their_inputs_and_full_keeps_the_images(networks: None) -> N
 
 
 @pytest.mark.slow
-def test_a_step_compiled_for_tpus_takes_less_memory(
-    networks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_compiled_for_tpus_takes_less_memory(networks: None) -> None:
     """On CPU XLA merges the second computation with the first, so memory does not fall there."""
     pytest.importorskip("libtpu", reason="needs libtpu, which compiles for TPUs: jax[tpu]")
-    for name, value in TPU_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh, sizes = make_mesh(found), []
+    mesh, sizes = make_mesh(chips.tpu_target("v5e:2x2").devices), []
     for remat in ("none", "blocks"):
         config = dataclasses.replace(DEEP, remat=remat)
         step, state, place = tiny.make_embedder_step(config, devices=4, compile_for=mesh)
