@@ -15,8 +15,8 @@ from mmljax.models.vit import Architecture, VisionTransformer
 class _Size(NamedTuple):
     depth: int
     heads: int
-    head: int  # channels of a head
-    hidden: int  # channels inside an MLP
+    head_dim: int
+    mlp_dim: int
 
 
 _SIZES = {  # Touvron et al. (2020, 2012.12877) gave the S its 6 heads
@@ -29,7 +29,7 @@ _SIZES = {  # Touvron et al. (2020, 2012.12877) gave the S its 6 heads
 
 
 def _architecture(size: _Size, patch: int, pixels: int, **family: Any) -> Architecture:
-    return Architecture(*size, patch=patch, grid=pixels // patch, **family)
+    return Architecture(*size, patch_size=patch, grid_size=pixels // patch, **family)
 
 
 def _supervised() -> dict[str, Architecture]:
@@ -88,7 +88,7 @@ def _siglip() -> dict[str, Architecture]:
                     class_token=False,
                     pool="attention",
                     pool_heads=size.heads,
-                    pool_hidden=size.hidden,
+                    pool_mlp_dim=size.mlp_dim,
                 )
     return found
 
@@ -101,7 +101,7 @@ def _dinov2() -> dict[str, Architecture]:
     for name, (size, activation) in sizes.items():
         family = {"activation": activation, "layer_scale": 1e-5}
         found[f"dinov2_vit_{name}_14"] = _architecture(
-            size, 14, 518, resampling="bicubic_sharp", **family
+            size, 14, 518, resampling="bicubic", **family
         )
         found[f"dinov2_vit_{name}_14_reg"] = _architecture(size, 14, 518, registers=4, **family)
     return found
@@ -120,7 +120,7 @@ def _dinov3() -> dict[str, Architecture]:
             activation=activation,
             epsilon=1e-5,
             registers=4,
-            learned=False,
+            learned_positions=False,
             rotary="dinov3",
             bias="query_value",
             layer_scale=1e-5,
@@ -144,9 +144,9 @@ def _unicom() -> dict[str, Architecture]:
             class_token=False,
             bias="none",
             pool="flat",
-            embedding=embedding,
+            output_dim=output_dim,
         )
-        for name, (patch, pixels, embedding) in sizes.items()
+        for name, (patch, pixels, output_dim) in sizes.items()
     }
 
 
@@ -167,7 +167,7 @@ def _perception() -> dict[str, Architecture]:
             pre_norm=True,
             pool="attention",
             pool_heads=8,
-            pool_hidden=4 * size.heads * size.head,
+            pool_mlp_dim=4 * size.heads * size.head_dim,
         )
         for name, (size, pixels) in sizes.items()
     }

@@ -1,4 +1,4 @@
-"""Attention of several heads, and pooling by attention, in the form that fits the platform."""
+"""Multi-head attention, MLP and attention pooling of vision transformers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -17,7 +18,7 @@ from mmljax.models.positions import Rotary
 from mmljax.numerics import at_least_float32
 
 Bias = Literal["all", "query_value", "none"]
-_CUDNN_HEAD = 128  # channels of a head that cuDNN takes on every GPU; a multiple of 8
+_CUDNN_HEAD_DIM = 128  # largest head that cuDNN supports on every GPU; a multiple of 8
 
 
 def attend(
@@ -25,10 +26,11 @@ def attend(
 ) -> Float[Array, "b n h d"]:
     """``softmax(query . key / sqrt(d)) . value`` of each head; the softmax in float32 at least.
 
-    On an NVIDIA GPU, half-precision heads of up to 128 channels, a multiple of 8, take cuDNN's
-    fused form, which keeps no ``n`` by ``m`` matrix. Everything else is XLA's, but for float64,
-    whose softmax JAX's function computes in float32. The choice is made when the program is
-    lowered, so that one exported for another platform gets that one's form.
+    On an NVIDIA GPU, half-precision heads of up to 128 channels, a multiple of 8, use cuDNN's
+    fused attention, which keeps no ``n`` by ``m`` matrix. Everything else uses XLA's form, but
+    float64, whose softmax JAX's function computes in float32. The form is chosen when the program
+    is lowered, so a program that is compiled on a GPU machine for another platform uses XLA's. So
+    does a program that is exported with a symbolic batch: cuDNN's form cannot be exported.
     """
     if query.dtype == jnp.float64:
         logits = jnp.einsum("bnhd,bmhd->bhnm", query, key) / query.shape[-1] ** 0.5
@@ -41,33 +43,34 @@ def attend(
 
 
 def fits_cudnn(query: Float[Array, "b n h d"]) -> bool:
-    """Whether cuDNN's fused attention takes queries of this dtype and number of channels."""
-    head = query.shape[-1]
-    return query.dtype in (jnp.bfloat16, jnp.float16) and head <= _CUDNN_HEAD and head % 8 == 0
+    """Whether cuDNN's fused attention takes queries of this dtype and shape."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or any(map(is_symbolic_dim, query.shape)):
+        return False
+    return query.shape[-1] <= _CUDNN_HEAD_DIM and query.shape[-1] % 8 == 0
 
 
 def rotate(x: Float[Array, "b n h d"], rotary: Rotary) -> Float[Array, "b n h d"]:
-    """Rotate the last tokens, the patches; the first ones, without a place, stay as they are.
+    """Apply rotary positions to the patches; class token and registers before them are unchanged.
 
-    Computed in float32 at least and returned in its own dtype.
+    Computes in float32 at least and returns the input's dtype.
     """
     first = x.shape[1] - len(rotary.cosines)
     patches = x[:, first:].astype(at_least_float32(x.dtype))
-    if rotary.neighbours:
+    if rotary.interleaved:
         a, b = patches[..., ::2], patches[..., 1::2]
     else:
         a, b = jnp.split(patches, 2, axis=-1)
     cosines, sines = rotary.cosines[:, None], rotary.sines[:, None]
-    turned = [a * cosines - b * sines, b * cosines + a * sines]
-    if rotary.neighbours:
-        patches = jnp.stack(turned, axis=-1).reshape(patches.shape)
+    rotated = [a * cosines - b * sines, b * cosines + a * sines]
+    if rotary.interleaved:
+        patches = jnp.stack(rotated, axis=-1).reshape(patches.shape)
     else:
-        patches = jnp.concatenate(turned, axis=-1)
+        patches = jnp.concatenate(rotated, axis=-1)
     return jnp.concatenate([x[:, :first], patches.astype(x.dtype)], axis=1)
 
 
 class Attention(nnx.Module):
-    """Self-attention with several heads; one projection computes queries, keys and values."""
+    """Multi-head self-attention; one linear layer computes queries, keys and values."""
 
     def __init__(
         self, size: int, heads: int, *, bias: Bias = "all", dtype: DTypeLike, rngs: nnx.Rngs
@@ -80,7 +83,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n f"], *, rotary: Rotary | None = None
     ) -> Float[Array, "b n f"]:
-        """Return what each token gathers from all, with rotary positions if given."""
+        """Return the attention output of each token, with rotary positions if given."""
         b, n, size = x.shape
         qkv = self.qkv(x)
         if self.qkv_bias is not None:
@@ -94,7 +97,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two layers with one of ``ACTIVATIONS`` between them."""
+    """Two linear layers with one of ``ACTIVATIONS`` between them."""
 
     def __init__(
         self, size: int, hidden: int, *, activation: str, dtype: DTypeLike, rngs: nnx.Rngs
@@ -110,7 +113,7 @@ class Mlp(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Pooling by attention of one trained query, and an MLP (Zhai et al. 2021, 2106.04560)."""
+    """Attention pooling with a trained query and a residual MLP (Zhai et al. 2021, 2106.04560)."""
 
     def __init__(
         self,
@@ -133,10 +136,12 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: Float[Array, "b n f"]) -> Float[Array, "b f"]:
         """Pool all tokens."""
         b, n, size = x.shape
-        head = size // self.heads
+        head_dim = size // self.heads
         query = self.qkv(self.latent[...])[..., :size]
-        key_value = self.qkv(x)[..., size:].reshape(b, n, 2, self.heads, head)
-        query = jnp.broadcast_to(query.reshape(1, 1, self.heads, head), (b, 1, self.heads, head))
+        key_value = self.qkv(x)[..., size:].reshape(b, n, 2, self.heads, head_dim)
+        query = jnp.broadcast_to(
+            query.reshape(1, 1, self.heads, head_dim), (b, 1, self.heads, head_dim)
+        )
         y = self.proj(attend(query, key_value[:, :, 0], key_value[:, :, 1]).reshape(b, 1, size))
         return (y + self.mlp(self.norm(y)))[:, 0]
 
@@ -158,7 +163,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 def linear(
     inputs: int, outputs: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """Return a linear layer whose kernel starts with a deviation of 0.02."""
+    """Return a linear layer with a normal initial kernel of standard deviation 0.02."""
     return nnx.Linear(
         inputs,
         outputs,

@@ -44,8 +44,8 @@ def make_backbone(
       width: 64 gives the published network. It is the channels of a ResNet's stem and first stage;
         those of an EfficientNet, and of a ViT's heads, are in proportion to it.
       channels: of the images.
-      dtype: of the computation; parameters, BatchNorm's statistics, layer norms and softmax are
-        float32.
+      dtype: of the computation; layer norms and the softmax use float32 at least, and
+        parameters and BatchNorm's statistics are float32.
       rngs: for the parameters; the network keeps no random state.
       drop_path: rate at which the last block's branch is dropped in training; that of the others
         is in proportion to their depth.

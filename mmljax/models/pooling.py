@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 GEM_START = 3.0  # the exponent before training
-GEM_LEAST = 1e-6  # features below it count as it
+GEM_LEAST = 1e-6  # smaller features count as this
 
 
 def generalized_mean(
@@ -23,9 +23,9 @@ def generalized_mean(
     to the largest feature, so they do not overflow, and the mean is at least ``1 / n``.
 
     Args:
-      x: features of ``n`` places.
+      x: features of ``n`` positions.
       exponent: ``p``, not 0.
-      least: features below it count as it, and get no gradient.
+      least: smaller features count as this, and get no gradient.
     """
     x = jnp.maximum(x, least)
     peak = jax.lax.stop_gradient(jnp.max(x, axis=1, keepdims=True))  # cancels in the derivative
@@ -36,13 +36,13 @@ def generalized_mean(
 class GeM(nnx.Module):
     """Generalised-mean pooling with a trainable exponent ``p``, which starts at 3."""
 
-    def __init__(self, places: Callable[[Array], Array]) -> None:
-        self.places = places
+    def __init__(self, positions: Callable[[Array], Array]) -> None:
+        self.positions = positions
         self.p = nnx.Param(jnp.full((), GEM_START))
 
     def __call__(self, x: Float[Array, "b *n f"]) -> Float[Array, "b f"]:
-        """Pool the places of a map, or the patches of tokens."""
-        return generalized_mean(self.places(x), self.p[...].astype(x.dtype))
+        """Pool the positions of a map, or the patches of tokens."""
+        return generalized_mean(self.positions(x), self.p[...].astype(x.dtype))
 
 
 def _average(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
@@ -57,7 +57,7 @@ def _average_and_maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
     return _average(x) + _maximum(x)
 
 
-def _places(x: Float[Array, "b h w f"]) -> Float[Array, "b n f"]:
+def _flatten(x: Float[Array, "b h w f"]) -> Float[Array, "b n f"]:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
@@ -69,7 +69,7 @@ def _patches(x: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
     return x[:, 1:]
 
 
-def _as_it_is(x: Float[Array, "b f"]) -> Float[Array, "b f"]:
+def _identity(x: Float[Array, "b f"]) -> Float[Array, "b f"]:
     return x
 
 
@@ -82,14 +82,14 @@ POOLINGS: Mapping[str, Mapping[str, Callable[[], Callable[[Array], Array]]]] = {
         "average": lambda: _average,
         "max": lambda: _maximum,
         "average+max": lambda: _average_and_maximum,
-        "gem": lambda: GeM(_places),
+        "gem": lambda: GeM(_flatten),
     },
     "tokens": {
         "token": lambda: _token,
         "average": lambda: _average_of_patches,
         "gem": lambda: GeM(_patches),
     },
-    "vector": {"token": lambda: _as_it_is},
+    "vector": {"token": lambda: _identity},
 }
 """Constructors by the backbone's ``output``; ``token`` is the network's own summary of an image.
 

@@ -1,4 +1,4 @@
-"""Position embeddings of vision transformers: learned ones of any image size, and rotary ones."""
+"""Position embeddings of vision transformers: interpolation of learned ones, rotary tables."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Filter = Literal["bicubic", "bicubic_sharp", "bilinear"]
-"""``bicubic`` (a = -0.5) with antialiasing: of timm, OpenCLIP, DINOv2 with registers.
-``bicubic_sharp`` (a = -0.75) and ``bilinear`` without: of DINOv2, of the Perception Encoder."""
+Filter = Literal["bicubic_antialias", "bicubic", "bilinear"]
+"""Filters of PyTorch's ``interpolate``: ``bicubic_antialias`` (a = -0.5) as in timm, OpenCLIP and
+DINOv2 with registers; ``bicubic`` (a = -0.75) as in DINOv2 without registers; ``bilinear`` as in
+the Perception Encoder. The last two have no antialiasing."""
 
 
 def resample_positions(
@@ -21,15 +22,15 @@ def resample_positions(
     rows: int,
     columns: int,
     *,
-    kind: Filter = "bicubic",
+    kind: Filter = "bicubic_antialias",
 ) -> Float[Array, "1 n f"]:
-    """Return position embeddings for a grid of another size.
+    """Interpolate position embeddings to a grid of another size.
 
     The filter is two small matrices that depend on sizes alone, so they are constants of the
     compiled program, and the resampling is done once for a batch.
 
     Args:
-      positions: perhaps of a class token, then of ``grid * grid`` patches by rows.
+      positions: of the class token if there is one, then of ``grid * grid`` patches by rows.
       grid: patches along a side.
       rows: patches from top to bottom, of the result.
       columns: patches from left to right.
@@ -58,7 +59,7 @@ def filter_matrix(new: int, old: int, kind: Filter) -> Float[np.ndarray, "new ol
     border are left out; without it the samples at the border are repeated. So does PyTorch's
     ``interpolate`` with ``align_corners=False``.
     """
-    antialias = kind == "bicubic"
+    antialias = kind == "bicubic_antialias"
     stretch = max(old / new, 1.0) if antialias else 1.0
     weights = np.zeros((new, old))
     for i in range(new):
@@ -72,44 +73,46 @@ def filter_matrix(new: int, old: int, kind: Filter) -> Float[np.ndarray, "new ol
 
 
 def _filter(distance: float, kind: Filter) -> float:
-    """Keys (1981), or linear."""
+    """The cubic convolution of Keys (1981), or the triangle filter."""
     if kind == "bilinear":
         return max(0.0, 1 - distance)
-    a = -0.5 if kind == "bicubic" else -0.75
+    a = -0.5 if kind == "bicubic_antialias" else -0.75
     if distance <= 1:
         return (a + 2) * distance**3 - (a + 3) * distance**2 + 1
     return a * (distance**3 - 5 * distance**2 + 8 * distance - 4) if distance < 2 else 0.0
 
 
 class Rotary(NamedTuple):
-    """Rotation of pairs of channels by angles that depend on a patch's place (2104.09864)."""
+    """Rotary position embedding: angles by which channel pairs of a patch turn (2104.09864)."""
 
     cosines: Float[np.ndarray, "n d2"]
     sines: Float[np.ndarray, "n d2"]
-    neighbours: bool  # whether pairs are neighbours, or a channel and the one half a head later
+    interleaved: bool  # pairs are channels 2i and 2i + 1, else i and i + d / 2
 
 
 RotaryKind = Literal["none", "dinov3", "perception"]
 
 
 @functools.lru_cache
-def rotary_table(kind: RotaryKind, rows: int, columns: int, head: int, start: int) -> Rotary | None:
-    """Return the rotations of patches by rows; None for no rotary positions.
+def rotary_table(
+    kind: RotaryKind, rows: int, columns: int, head_dim: int, start: int
+) -> Rotary | None:
+    """Return cosines and sines for the patches by rows; None without rotary positions.
 
-    Half of the pairs turn with the row, half with the column. Of DINOv3 (2508.10104), places are
-    between -1 and 1 whatever the grid; its jitter of places in pretraining is left out. Of the
-    Perception Encoder (2504.13181), places are whole numbers.
+    Half of the pairs depend on the row, half on the column. DINOv3 (2508.10104) scales coordinates
+    to the range from -1 to 1 for any grid; its random jitter of them in pretraining is left out.
+    The Perception Encoder (2504.13181) uses integer coordinates.
 
     Args:
-      kind: of which network.
+      kind: of rotary positions.
       rows: patches from top to bottom.
       columns: patches from left to right.
-      head: channels of a head, a multiple of 4.
-      start: number of the first patch, of the Perception Encoder.
+      head_dim: channels of a head, a multiple of 4.
+      start: coordinate of the first row and column, for the Perception Encoder.
     """
     if kind == "none":
         return None
-    quarter = head // 4
+    quarter = head_dim // 4
     base = 100.0 if kind == "dinov3" else 10_000.0
     bands = base ** -(np.arange(quarter) / quarter)
     if kind == "dinov3":

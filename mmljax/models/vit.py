@@ -1,4 +1,4 @@
-"""Vision transformers of all families (Dosovitskiy et al. 2020, 2010.11929).
+"""The vision transformer (ViT) of all families (Dosovitskiy et al. 2020, 2010.11929).
 
 ``architectures`` has the families as data. Modules have timm's names (``patch_embed``,
 ``blocks.0.attn.qkv``, ``norm``, ...).
@@ -30,64 +30,64 @@ from mmljax.models.positions import (
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What distinguishes one vision transformer from another."""
+    """Hyperparameters of a vision transformer."""
 
     depth: int  # blocks
     heads: int
-    head: int  # channels of a head
-    hidden: int  # channels between the two layers of an MLP
-    patch: int  # pixels, the side of a patch
-    grid: int  # patches along a side of the images of its pretraining
+    head_dim: int  # channels of a head
+    mlp_dim: int  # channels between the two layers of an MLP
+    patch_size: int  # pixels, the side of a patch
+    grid_size: int  # patches along a side of its pretraining images
     pixel_norm: str = "imagenet"  # the key of embedder.PIXEL_NORMS that it was trained with
     activation: str = "gelu"  # a key of attention.ACTIVATIONS
     epsilon: float = 1e-6  # of layer norms
     class_token: bool = True
-    registers: int = 0  # further tokens without a place (Darcet et al. 2023, 2309.16588)
-    learned: bool = True  # position embeddings, of the class token and the patches
-    resampling: Filter = "bicubic"  # of position embeddings, for images of another size
-    rotary: RotaryKind = "none"  # position embeddings in the attention
-    bias: Bias = "all"  # which of queries, keys and values have one
-    layer_scale: float = 0.0  # factor of a block's branches at the start; 0: none (2103.17239)
-    pre_norm: bool = False  # a layer norm before the first block, and patches without a bias
+    registers: int = 0  # register tokens (Darcet et al. 2023, 2309.16588)
+    learned_positions: bool = True  # position embeddings of class token and patches
+    resampling: Filter = "bicubic_antialias"  # of position embeddings, for other image sizes
+    rotary: RotaryKind = "none"  # rotary position embeddings in the attention
+    bias: Bias = "all"  # which of the query, key and value projections have one
+    layer_scale: float = 0.0  # initial LayerScale (2103.17239); 0: no LayerScale
+    pre_norm: bool = False  # a layer norm before the first block; the patch embedding has no bias
     pool: Literal["class", "attention", "flat"] = "class"
     pool_heads: int = 0  # of the attention pool
-    pool_hidden: int = 0  # of its MLP
-    embedding: int = 0  # length of a vector of the flat pool
+    pool_mlp_dim: int = 0  # of its MLP
+    output_dim: int = 0  # channels of the flat pool's output
 
     @property
-    def size(self) -> int:
+    def embed_dim(self) -> int:
         """Channels of a token."""
-        return self.heads * self.head
+        return self.heads * self.head_dim
 
     def of_width(self, width: int) -> Architecture:
-        """Return it with ``width / 64`` times the channels; heads and blocks stay as many.
+        """Return a copy with ``width / 64`` times the channels; heads and depth are unchanged.
 
-        With rotary positions a head has a multiple of 4 channels.
+        With rotary positions the channels of a head are a multiple of 4.
         """
         step = 1 if self.rotary == "none" else 4
-        head = max(1, self.head * width // 64 // step) * step
+        head_dim = max(1, self.head_dim * width // 64 // step) * step
 
         def scaled(channels: int) -> int:
-            return -(-channels * head // self.head)
+            return -(-channels * head_dim // self.head_dim)
 
         return dataclasses.replace(
             self,
-            head=head,
-            hidden=scaled(self.hidden),
-            pool_hidden=scaled(self.pool_hidden),
-            embedding=scaled(self.embedding),
+            head_dim=head_dim,
+            mlp_dim=scaled(self.mlp_dim),
+            pool_mlp_dim=scaled(self.pool_mlp_dim),
+            output_dim=scaled(self.output_dim),
         )
 
 
 class Block(ResidualBlock):
-    """Attention and MLP, each on a layer norm of its input and added to it."""
+    """A pre-norm transformer block: attention and MLP, each on normalised input, both residual."""
 
     def __init__(self, kind: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        size = kind.size
+        size = kind.embed_dim
         self.norm1 = layer_norm(size, epsilon=kind.epsilon, dtype=dtype, rngs=rngs)
         self.attn = Attention(size, kind.heads, bias=kind.bias, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(size, epsilon=kind.epsilon, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(size, kind.hidden, activation=kind.activation, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(size, kind.mlp_dim, activation=kind.activation, dtype=dtype, rngs=rngs)
         self.gamma1, self.gamma2 = (
             nnx.Param(jnp.full(size, kind.layer_scale)) if kind.layer_scale else None
             for _ in range(2)
@@ -113,7 +113,7 @@ def _scale(x: Float[Array, "b n f"], gamma: nnx.Param[Array] | None) -> Float[Ar
 
 
 class FlatPool(nnx.Module):
-    """Two linear layers with BatchNorm on all tokens as one vector (Unicom, 2304.05884)."""
+    """Two linear layers with BatchNorm on the concatenated tokens (Unicom, 2304.05884)."""
 
     def __init__(self, inputs: int, kind: Architecture, *, rngs: nnx.Rngs) -> None:
         def norm(channels: int) -> nnx.BatchNorm:
@@ -126,40 +126,42 @@ class FlatPool(nnx.Module):
                 rngs=rngs,
             )
 
-        self.linear1 = nnx.Linear(inputs, kind.size, use_bias=False, precision="highest", rngs=rngs)
-        self.norm1 = norm(kind.size)
-        self.linear2 = nnx.Linear(
-            kind.size, kind.embedding, use_bias=False, precision="highest", rngs=rngs
+        self.linear1 = nnx.Linear(
+            inputs, kind.embed_dim, use_bias=False, precision="highest", rngs=rngs
         )
-        self.norm2 = norm(kind.embedding)
+        self.norm1 = norm(kind.embed_dim)
+        self.linear2 = nnx.Linear(
+            kind.embed_dim, kind.output_dim, use_bias=False, precision="highest", rngs=rngs
+        )
+        self.norm2 = norm(kind.output_dim)
 
     def __call__(self, x: Float[Array, "b n f"], *, train: bool) -> Float[Array, "b d"]:
-        """Return one vector per image, by the batch's statistics in training."""
+        """Return one vector per image; BatchNorm uses the batch's statistics in training."""
         x = self.norm1(self.linear1(x.reshape(x.shape[0], -1)), use_running_average=not train)
         return self.norm2(self.linear2(x), use_running_average=not train)
 
 
 class VisionTransformer(nnx.Module):
-    """Patches and perhaps further tokens, blocks, a layer norm, and the network's own pooling.
+    """Patch embedding, class and register tokens, blocks, a layer norm, the network's own pooling.
 
-    Position embeddings are those of a fixed number of patches; for any other image size they are
-    resampled in the forward pass by the family's own filter. timm and OpenCLIP resample once, when
-    they load weights, and then train the result. There is no dropout.
-    ``features`` is the length of a token, or of a vector where ``output`` is ``vector``.
+    Position embeddings are learned for ``grid_size`` patches a side. For any other image size the
+    forward pass interpolates them with the filter of ``Architecture.resampling``; timm and OpenCLIP
+    interpolate once, when they load weights, and then train the result. There is no dropout.
+    ``features`` is the channels of a token, or of the vector where ``output`` is ``vector``.
     """
 
     def __init__(
         self, kind: Architecture, *, channels: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        size = kind.size
+        size = kind.embed_dim
         self.kind = kind
         self.output = "vector" if kind.pool == "flat" else "tokens"
-        self.features = kind.embedding if kind.pool == "flat" else size
+        self.features = kind.output_dim if kind.pool == "flat" else size
         self.patch_embed = nnx.Conv(
             channels,
             size,
-            (kind.patch, kind.patch),
-            strides=kind.patch,
+            (kind.patch_size, kind.patch_size),
+            strides=kind.patch_size,
             padding="VALID",
             use_bias=not kind.pre_norm,
             dtype=dtype,
@@ -169,8 +171,8 @@ class VisionTransformer(nnx.Module):
             self.cls_token = nnx.Param(jnp.zeros((1, 1, size)))
         if kind.registers:
             self.reg_token = nnx.Param(jnp.zeros((1, kind.registers, size)))
-        if kind.learned:
-            positions = (1, kind.class_token + kind.grid**2, size)
+        if kind.learned_positions:
+            positions = (1, kind.class_token + kind.grid_size**2, size)
             self.pos_embed = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), positions))
         if kind.pre_norm:
             self.norm_pre = layer_norm(size, epsilon=kind.epsilon, dtype=dtype, rngs=rngs)
@@ -180,14 +182,14 @@ class VisionTransformer(nnx.Module):
             self.attn_pool = AttentionPool(
                 size,
                 kind.pool_heads,
-                kind.pool_hidden,
+                kind.pool_mlp_dim,
                 activation=kind.activation,
                 epsilon=kind.epsilon,
                 dtype=dtype,
                 rngs=rngs,
             )
         if kind.pool == "flat":
-            self.feature = FlatPool(kind.grid**2 * size, kind, rngs=rngs)
+            self.feature = FlatPool(kind.grid_size**2 * size, kind, rngs=rngs)
 
     def layers(self) -> list[tuple[str, ...]]:
         """Names of the modules of each layer: the tokens' embedding, each block, norm and pool."""
@@ -202,12 +204,12 @@ class VisionTransformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool, keys: PRNGKeyArray | None = None
     ) -> Float[Array, "b *n features"]:
-        """Return the network's own summary of an image, then the patches by rows, in float32.
+        """Return the network's own summary of an image, then the patches by rows.
 
-        The summary is the class token, or what the attention pool makes of all tokens; registers
-        are left out. A network with a flat pool returns its vector alone. Training and evaluation
-        are the same, but for the BatchNorm of a flat pool, and for residual branches that are
-        dropped at the blocks' rates with ``keys``, one per example.
+        The dtype is float32 at least. The summary is the class token, or the attention pool's
+        output; registers are left out. A network with a flat pool returns its vector alone.
+        Training and evaluation are the same, but for the BatchNorm of a flat pool, and for residual
+        branches that are dropped at the blocks' rates with ``keys``, one per example.
 
         Raises:
           UserError: if the image's height or width is not a multiple of the patch's, or a flat
@@ -227,31 +229,31 @@ class VisionTransformer(nnx.Module):
     def tokens(
         self, x: Float[Array, "b h w channels"], *, keys: PRNGKeyArray | None = None
     ) -> Float[Array, "b n f"]:
-        """Return class token, registers and patches by rows after the last layer norm."""
+        """Return class token, registers and patches by rows, after the last layer norm."""
         kind = self.kind
         self._check_size(x.shape[1], x.shape[2])
         x = self._embed_patches(x)
         b, rows, columns, size = x.shape
         x = x.reshape(b, rows * columns, size)
         if kind.class_token:
-            x = jnp.concatenate([_first(self.cls_token, x), x], axis=1)
-        if kind.learned:
+            x = jnp.concatenate([_expand(self.cls_token, x), x], axis=1)
+        if kind.learned_positions:
             positions = resample_positions(
-                self.pos_embed[...], kind.grid, rows, columns, kind=kind.resampling
+                self.pos_embed[...], kind.grid_size, rows, columns, kind=kind.resampling
             )
             x = x + positions.astype(x.dtype)
         if kind.registers:
-            parts = [x[:, : kind.class_token], _first(self.reg_token, x), x[:, kind.class_token :]]
+            parts = [x[:, : kind.class_token], _expand(self.reg_token, x), x[:, kind.class_token :]]
             x = jnp.concatenate(parts, axis=1)
         if kind.pre_norm:
             x = self.norm_pre(x).astype(x.dtype)
-        rotary = rotary_table(kind.rotary, rows, columns, kind.head, int(kind.class_token))
+        rotary = rotary_table(kind.rotary, rows, columns, kind.head_dim, int(kind.class_token))
         for block in self.blocks:
             x = block.run(x, keys=keys, rotary=rotary)
         return self.norm(x)
 
     def _check_size(self, height: int, width: int) -> None:
-        patch, side = self.kind.patch, self.kind.grid * self.kind.patch
+        patch, side = self.kind.patch_size, self.kind.grid_size * self.kind.patch_size
         if height % patch or width % patch:
             raise UserError(
                 f"--config.data.image_size: this ViT takes multiples of {patch} pixels, "
@@ -266,10 +268,10 @@ class VisionTransformer(nnx.Module):
     def _embed_patches(self, x: Array) -> Array:
         dtype = self.patch_embed.dtype
         kernel = self.patch_embed.kernel[...].astype(dtype)
-        y = conv(x.astype(dtype), kernel, strides=self.kind.patch)
+        y = conv(x.astype(dtype), kernel, strides=self.kind.patch_size)
         bias = self.patch_embed.bias
         return y if bias is None else y + bias[...].astype(dtype)
 
 
-def _first(tokens: nnx.Param[Array], x: Float[Array, "b n f"]) -> Float[Array, "b k f"]:
+def _expand(tokens: nnx.Param[Array], x: Float[Array, "b n f"]) -> Float[Array, "b k f"]:
     return jnp.broadcast_to(tokens[...].astype(x.dtype), (x.shape[0], *tokens[...].shape[1:]))

@@ -104,7 +104,7 @@ def test_blocks_of_efficientnet_and_vit() -> None:
     np.testing.assert_array_equal(other(x, train=False, keys=keys), other(x, train=False))
 
     tokens = x.reshape(12, -1, 6)
-    layer = with_rate(Block(Architecture(1, 2, 3, 24, patch=16, grid=14), **KIND))
+    layer = with_rate(Block(Architecture(1, 2, 3, 24, patch_size=16, grid_size=14), **KIND))
     first, second = (np.array(kept(keys, i))[:, None, None] for i in (0, 1))
     middle = tokens + np.where(first, layer.attn(layer.norm1(tokens)) / (1 - RATE), 0)
     expected = middle + np.where(second, layer.mlp(layer.norm2(middle)) / (1 - RATE), 0)

@@ -238,8 +238,8 @@ def siglip_file() -> dict[str, np.ndarray]:
 def small_vit(name: str, **changes: Any) -> VisionTransformer:
     """A network of one block, without numbers."""
     kind = ARCHITECTURES[name]
-    small = {"depth": 1, "heads": 2, "head": SIZE // 2, "hidden": HIDDEN, "grid": 2}
-    pool = {"pool_heads": 2, "pool_hidden": HIDDEN} if kind.pool == "attention" else {}
+    small = {"depth": 1, "heads": 2, "head_dim": SIZE // 2, "mlp_dim": HIDDEN, "grid_size": 2}
+    pool = {"pool_heads": 2, "pool_mlp_dim": HIDDEN} if kind.pool == "attention" else {}
     kind = dataclasses.replace(kind, **{**small, **pool, **changes})
 
     def build() -> VisionTransformer:
@@ -303,7 +303,7 @@ def test_a_file_of_another_family_does_not_fit() -> None:
 
 def test_parts_that_a_layout_leaves_out_are_zero() -> None:
     """timm adds the class token's position to that token; it leaves out the biases of DINOv3."""
-    registers = small_vit("dinov2_vit_s_14_reg", patch=16)
+    registers = small_vit("dinov2_vit_s_14_reg", patch_size=16)
     theirs = timm_names(registers)
     theirs["pos_embed"] = theirs["pos_embed"][:, 1:]
     found = converted(theirs, registers)["pos_embed"]
@@ -330,7 +330,7 @@ def test_parts_that_a_layout_leaves_out_are_zero() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, PATCHES + 1, 9])
 def test_positions_of_another_grid_are_refused_where_the_class_tokens_is_zero(tokens: int) -> None:
     """Zeros stand for the class token alone, never for patches that the file does not have."""
-    registers = small_vit("dinov2_vit_s_14_reg", patch=16)
+    registers = small_vit("dinov2_vit_s_14_reg", patch_size=16)
     theirs = timm_names(registers)
     theirs["pos_embed"] = np.ones((1, tokens, SIZE), np.float32)
     shapes = rf"pos_embed \(1, {tokens}, 8\) .*zeros \(1, 1, 8\).* for \(1, 5, 8\)"

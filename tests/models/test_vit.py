@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 from test_models import CONFIG, assert_trees_close, rngs, run
 
 from mmljax.errors import UserError
+from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.attention import attend, fits_cudnn, rotate
 from mmljax.models.backbones import make_backbone
 from mmljax.models.embedder import Head, make_embedder
@@ -26,7 +28,7 @@ GRID = 14
 
 def vit(*, depth: int = 2, width: int = 3, dtype: Any = jnp.float32) -> VisionTransformer:
     """A small one whose every parameter matters."""
-    kind = Architecture(depth, HEADS, width, 4 * HEADS * width, patch=16, grid=GRID)
+    kind = Architecture(depth, HEADS, width, 4 * HEADS * width, patch_size=16, grid_size=GRID)
     model = VisionTransformer(kind, channels=3, dtype=dtype, rngs=rngs())
     random = np.random.default_rng(0)
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -122,14 +124,14 @@ SIZES = [(16, 16), (7, 24), (4, 4), (2, 3)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
-@pytest.mark.parametrize("kind", ["bicubic", "bicubic_sharp", "bilinear"])
+@pytest.mark.parametrize("kind", ["bicubic_antialias", "bicubic", "bilinear"])
 def test_positions_are_resampled_as_by_torch(rows: int, columns: int, kind: Any) -> None:
     torch = pytest.importorskip("torch", reason="the peer of the resampling")
     positions = images(1, 1 + GRID * GRID, 5)
     found = resample_positions(jnp.asarray(positions, jnp.float32), GRID, rows, columns, kind=kind)
     grid = torch.from_numpy(positions[:, 1:].reshape(1, GRID, GRID, 5)).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(
-        grid, size=(rows, columns), mode=kind.split("_")[0], antialias=kind == "bicubic"
+        grid, size=(rows, columns), mode=kind.split("_")[0], antialias=kind == "bicubic_antialias"
     )
     np.testing.assert_allclose(
         found[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, -1, 5).numpy(), atol=1e-5
@@ -178,6 +180,32 @@ def test_cudnn_takes_half_precision_and_heads_of_a_multiple_of_8() -> None:
     }
 
 
+def test_a_network_on_a_gpu_is_exported_with_a_symbolic_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cuDNN's attention cannot be exported; a program for a batch of known size keeps it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    forms: list[str] = []
+    attention = jax.nn.dot_product_attention
+
+    def recorded(*arrays: Any, implementation: str) -> Any:
+        forms.append(implementation)
+        return attention(*arrays, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    model = vit(width=8, dtype=jnp.bfloat16)
+    x = jnp.asarray(images(3, 32, 32, 3), jnp.float32)
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda x: nnx.merge(graphdef, state)(x, train=False))
+    expected = run(x)
+    assert set(forms) == {"cudnn", "xla"}
+    forms.clear()
+    shape = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), 32, 32, 3), jnp.float32)
+    exported = export.export(run, platforms=["cpu", "cuda", "tpu"])(shape)
+    assert set(forms) == {"xla"}
+    np.testing.assert_allclose(exported.call(x), expected, atol=0.05)
+
+
 def turned(vector: np.ndarray, angles: list[float], pairs: list[tuple[int, int]]) -> np.ndarray:
     result = vector.copy()
     for angle, (i, j) in zip(angles, pairs, strict=True):
@@ -189,7 +217,7 @@ def turned(vector: np.ndarray, angles: list[float], pairs: list[tuple[int, int]]
 @pytest.mark.parametrize("kind", ["dinov3", "perception"])
 def test_rotary_positions_against_a_loop(kind: Any) -> None:
     rows, columns, head = 2, 3, 8
-    x = images(1, 2 + rows * columns, 2, head)  # two tokens without a place
+    x = images(1, 2 + rows * columns, 2, head)  # two prefix tokens
     table = rotary_table(kind, rows, columns, head, 1)
     assert table is not None
     found = np.array(rotate(jnp.asarray(x, jnp.float32), table))
@@ -206,6 +234,65 @@ def test_rotary_positions_against_a_loop(kind: Any) -> None:
                 place = 2 + i * columns + j
                 expected = turned(x[0, place, h], angles, pairs)
                 np.testing.assert_allclose(found[0, place, h], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_width_scales_channels_and_keeps_the_rest(name: str) -> None:
+    kind = ARCHITECTURES[name]
+    assert kind.of_width(64) == kind
+    double = kind.of_width(128)
+    scaled = {
+        field: 2 * getattr(kind, field)
+        for field in ("head_dim", "mlp_dim", "pool_mlp_dim", "output_dim")
+    }
+    assert double == dataclasses.replace(kind, **scaled)
+    assert double.embed_dim == 2 * kind.embed_dim
+    for width in (1, 8, 40):
+        narrow = kind.of_width(width)
+        assert 1 <= narrow.head_dim < kind.head_dim
+        assert 0 < narrow.mlp_dim < kind.mlp_dim
+        assert kind.rotary == "none" or narrow.head_dim % 4 == 0
+        assert kind.pool != "attention" or narrow.embed_dim % narrow.pool_heads == 0
+
+
+def test_width_rounds_heads_down_and_mlps_up() -> None:
+    kind = Architecture(1, 2, 72, 50, patch_size=16, grid_size=2, pool_mlp_dim=145)
+    narrow = kind.of_width(8)
+    assert (narrow.head_dim, narrow.mlp_dim, narrow.pool_mlp_dim) == (9, 7, 19)
+    assert dataclasses.replace(kind, rotary="dinov3").of_width(8).head_dim == 8
+    assert dataclasses.replace(kind, rotary="dinov3").of_width(1).head_dim == 4
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_pool_has_the_number_of_heads_of_pool_heads(heads: int) -> None:
+    """The pool of a network against one query's attention in NumPy, head by head."""
+    kind = dataclasses.replace(
+        ARCHITECTURES["pe_core_vit_b_16"],
+        depth=1,
+        heads=2,
+        head_dim=4,
+        mlp_dim=6,
+        grid_size=2,
+        pool_heads=heads,
+        pool_mlp_dim=10,
+    )
+    model = VisionTransformer(kind, channels=3, dtype=jnp.float32, rngs=rngs())
+    pool = model.attn_pool
+    x = images(3, 5, 8)
+    qkv = np.asarray(pool.qkv.kernel[...], np.float64) * 30  # far from uniform attention
+    pool.qkv.kernel.set_value(jnp.asarray(qkv, jnp.float32))
+    query = np.asarray(pool.latent[...], np.float64)[0, 0] @ qkv[:, :8]
+    expected = []
+    for tokens in x:
+        key, value = tokens @ qkv[:, 8:16], tokens @ qkv[:, 16:]
+        parts = []
+        for head in np.split(np.arange(8), heads):
+            weights = np.exp(key[:, head] @ query[head] / math.sqrt(len(head)))
+            parts.append(weights / weights.sum() @ value[:, head])
+        expected.append(np.concatenate(parts) @ np.asarray(pool.proj.kernel[...], np.float64))
+    y = jnp.asarray(np.stack(expected), jnp.float32)
+    y = y + pool.mlp(pool.norm(y))
+    np.testing.assert_allclose(pool(jnp.asarray(x, jnp.float32)), y, atol=1e-4)
 
 
 def test_image_of_no_whole_patches_is_refused() -> None:

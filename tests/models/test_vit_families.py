@@ -36,12 +36,12 @@ def small(name: str) -> Architecture:
         kind,
         depth=DEPTH,
         heads=HEADS,
-        head=SIZE // HEADS,
-        hidden=HIDDEN,
-        grid=GRID,
+        head_dim=SIZE // HEADS,
+        mlp_dim=HIDDEN,
+        grid_size=GRID,
         pool_heads=POOL_HEADS if kind.pool_heads == 8 else HEADS,
-        pool_hidden=4 * SIZE if kind.pool_heads == 8 else HIDDEN,
-        embedding=20,
+        pool_mlp_dim=4 * SIZE if kind.pool_heads == 8 else HIDDEN,
+        output_dim=20,
     )
 
 
@@ -56,7 +56,7 @@ class Peer(NamedTuple):
 
 def hugging_face(config: str, model: str, name: str, **more: Any) -> Peer:
     transformers = pytest.importorskip("transformers", reason=torch_networks.REASON)
-    patch = ARCHITECTURES[name].patch
+    patch = ARCHITECTURES[name].patch_size
     settings = {
         "hidden_size": SIZE,
         "num_hidden_layers": DEPTH,
@@ -93,7 +93,7 @@ def timm_peer(timm_name: str, name: str, **more: Any) -> Peer:
         "depth": DEPTH,
         "num_heads": HEADS,
         "mlp_ratio": HIDDEN / SIZE,
-        "img_size": GRID * kind.patch,
+        "img_size": GRID * kind.patch_size,
         "dynamic_img_size": True,
         **more,
     }
@@ -121,7 +121,7 @@ def perception(name: str) -> Peer:
     peer = make(ref_feat_shape=(GRID, GRID))
 
     def run(x: Any) -> tuple[Any, Any]:
-        rows, columns = (n // ARCHITECTURES[name].patch for n in x.shape[2:])
+        rows, columns = (n // ARCHITECTURES[name].patch_size for n in x.shape[2:])
         own = peer.network.pos_embed
         grid = own[:, 1:].reshape(1, GRID, GRID, SIZE).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, size=(rows, columns), mode="bilinear")
@@ -140,7 +140,7 @@ def unicom(name: str) -> Peer:
     peer = timm_peer(
         "vit_base_patch16_224",
         name,
-        patch_size=ARCHITECTURES[name].patch,
+        patch_size=ARCHITECTURES[name].patch_size,
         class_token=False,
         global_pool="",
         num_classes=0,
@@ -262,7 +262,7 @@ def assert_equal(kind: Architecture, peer: Peer, directory: Path) -> None:
     model = VisionTransformer(kind, channels=3, dtype=jnp.float32, rngs=rngs())
     load_pretrained(model, peer.save(directory))
     for rows, columns in peer.sizes:
-        x = pixels(rows * kind.patch, columns * kind.patch)
+        x = pixels(rows * kind.patch_size, columns * kind.patch_size)
         with torch.no_grad():
             tokens, pooled = peer.run(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous())
         run = jax.jit(lambda x: (model.tokens(x), model(x, train=False)))
@@ -274,7 +274,7 @@ def assert_equal(kind: Architecture, peer: Peer, directory: Path) -> None:
         assert np.abs(summary).max() > 0.1
         if model.output == "tokens":
             patches = tokens[:, kind.class_token + kind.registers :]
-            assert output.shape == (2, 1 + rows * columns, kind.size)
+            assert output.shape == (2, 1 + rows * columns, kind.embed_dim)
             np.testing.assert_allclose(output[:, 1:], patches.numpy(), rtol=0, atol=1e-4)
 
 
@@ -285,7 +285,7 @@ def test_family_equals_its_original(case: str, tmp_path: Path) -> None:
     name, make = PEERS[case]
     kind = small(name)
     if name.startswith("dinov2"):
-        kind = dataclasses.replace(kind, hidden=gated(SIZE) if "_g_" in name else 2 * SIZE)
+        kind = dataclasses.replace(kind, mlp_dim=gated(SIZE) if "_g_" in name else 2 * SIZE)
     peer = make(name)
     strengthen(torch_networks.scatter(peer.network))
     assert_equal(kind, peer, tmp_path)
@@ -364,7 +364,7 @@ def test_published_sizes_are_timms(name: str) -> None:
     norms = {"imagenet": (0.485, 0.229), "half": (0.5, 0.5), "clip": (0.48145466, 0.26862954)}
     config = network.pretrained_cfg
     assert (config["mean"][0], config["std"][0]) == norms[kind.pixel_norm]
-    assert config["input_size"][1] == kind.grid * kind.patch
+    assert config["input_size"][1] == kind.grid_size * kind.patch_size
 
 
 @pytest.mark.slow
