@@ -8,8 +8,32 @@ import importlib.util
 class UserError(ValueError):
     """A mistake of the user: what is wrong, the file or flag, what was found, and the cure.
 
-    A command prints it as one line and exits with code 2.
+    A command prints it as one line and exits with ``exit_code``.
     """
+
+    exit_code = 2  # the same command would fail again
+
+
+class Unreachable(UserError):
+    """An address that cannot be read or written now; the same command may succeed later."""
+
+    exit_code = 1
+
+    @classmethod
+    def of(cls, address: object, done: str, reason: str, *, more: str = "") -> Unreachable:
+        """With the cure.
+
+        Args:
+          address: what cannot be reached, as the message names it.
+          done: what cannot be done with it, such as ``read``.
+          reason: the error.
+          more: a further cure.
+        """
+        return cls(
+            f"{address} cannot be {done} ({reason}); check the network, that the bucket exists, "
+            "and that the account of this machine may use it (gcloud auth application-default "
+            f"login){more}"
+        )
 
 
 class Preempted(Exception):

@@ -46,22 +46,23 @@ class Locked(Exception):
     """Another process holds a lock; the text names the process."""
 
 
-def acquire_lock(path: Path) -> IO[str]:
+def acquire_lock(path: Path, *, wait: bool = False) -> IO[str]:
     """Lock a file for this process and return it open; closing it, or any exit, releases the lock.
 
     Args:
       path: the lock file, which is made if absent; its folder exists.
+      wait: until the lock is free, however long that takes.
 
     On a file system without locks a warning is logged, and nothing is locked.
 
     Raises:
-      Locked: if another process holds the lock.
+      Locked: if another process holds the lock and ``wait`` is false.
       OSError: if the file cannot be made.
     """
     while True:
         file = path.open("a+", errors="replace")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
                 file.seek(0)

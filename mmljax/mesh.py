@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mmljax.errors import UserError
+from mmljax.errors import Unreachable, UserError
 from mmljax.types import Batch
 
 HEARTBEAT_SECONDS = 30  # without a heartbeat, after which a process counts as dead
@@ -137,6 +137,24 @@ def agree(fine: bool) -> bool:
     if jax.process_count() == 1:
         return fine
     return bool(multihost_utils.broadcast_one_to_all(np.array(fine)))
+
+
+def raise_together(problem: UserError | None, *, otherwise: str) -> None:
+    """Raise the problem of process 0, if it has one, in all processes, with its exit code.
+
+    Args:
+      problem: of this process; those of others than process 0 are ignored.
+      otherwise: what the other processes say.
+
+    Raises:
+      UserError: the problem.
+    """
+    code = 0 if problem is None else problem.exit_code
+    if jax.process_count() > 1:
+        code = int(multihost_utils.broadcast_one_to_all(np.array(code)))
+    if code:
+        kind = Unreachable if code == Unreachable.exit_code else UserError
+        raise (problem if is_main_process() else None) or kind(otherwise)
 
 
 def sync(name: str) -> None:

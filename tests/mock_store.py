@@ -8,15 +8,19 @@ checkpoints lie in the folder itself (``local_file``).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+
+from mmljax.files import write_atomically
 
 
 class MockFileSystem(LocalFileSystem):
@@ -31,11 +35,8 @@ class MockFileSystem(LocalFileSystem):
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
         """Write a file whole; one that must not exist is written by one process of many."""
         root = Path(os.environ["MOCK_STORE"])
-        with contextlib.suppress(FileNotFoundError):
-            left = int((root / "failures").read_text())
-            if left:
-                (root / "failures").write_text(str(left - 1))
-                raise OSError("the network is down")
+        if _fails(root):
+            raise OSError("the network is down")
         target = Path(self._strip_protocol(path))
         if not (root / target.relative_to(root).parts[0]).exists():
             raise FileNotFoundError("no such bucket")
@@ -59,9 +60,27 @@ class MockFileSystem(LocalFileSystem):
             super().makedirs(path, exist_ok=exist_ok)
 
 
+@contextlib.contextmanager
+def _counting(root: Path) -> Iterator[Path]:
+    """The file that counts the failures to come, for one thread of one process at a time."""
+    with (root / "failures.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield root / "failures"
+
+
+def _fails(root: Path) -> bool:
+    """Whether this write is to fail; it is counted."""
+    with _counting(root) as counter:
+        left = int(counter.read_text()) if counter.exists() else 0
+        if left:
+            write_atomically(counter, str(left - 1))
+        return left > 0
+
+
 def fail(root: Path, times: int) -> None:
     """Let so many writes fail."""
-    (root / "failures").write_text(str(times))
+    with _counting(root) as counter:
+        write_atomically(counter, str(times))
 
 
 def writes(root: Path) -> list[str]:

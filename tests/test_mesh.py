@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+import numpy as np
 import pytest
 
-from mmljax.errors import UserError
-from mmljax.mesh import make_mesh, process_rows
+from mmljax import mesh
+from mmljax.errors import Unreachable, UserError
+from mmljax.mesh import make_mesh, process_rows, raise_together
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,24 @@ class Chip(NamedTuple):
 def test_tpu_devices_of_several_slices_are_refused() -> None:
     with pytest.raises(UserError, match="of 2 TPU slices, but a run takes those of one"):
         make_mesh([Chip("tpu", 0), Chip("tpu", 1), Chip("tpu", 0)])
+
+
+@pytest.mark.parametrize("kind", [UserError, Unreachable])
+def test_all_processes_raise_the_problem_of_the_first(
+    kind: type[UserError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its exit code, so that a launcher starts all of them again, or none."""
+    raise_together(None, otherwise="see there")
+    problem = kind("here")
+    with pytest.raises(kind) as error:
+        raise_together(problem, otherwise="see there")
+    assert error.value is problem
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(
+        mesh.multihost_utils, "broadcast_one_to_all", lambda mine: np.array(kind.exit_code)
+    )
+    with pytest.raises(UserError, match="see there") as error:
+        raise_together(UserError("its own"), otherwise="see there")
+    assert type(error.value) is kind

@@ -8,7 +8,7 @@ that ``--help`` is immediate.
 exit code  meaning
 =========  ===============================================================
 0          success
-1          an exported network does not pass its check
+1          an address cannot be reached; an exported network does not pass its check
 2          wrong arguments, config or files; a failed check of ``doctor``; a plan that does not fit
 75         training received SIGTERM and has saved a checkpoint
 130        interrupted (Ctrl-C); training has saved a checkpoint
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fetch_runs(options)
             return options.command(options)
     except UserError as error:
-        return _fail(f"error: {one_line(error, limit=10_000)}", 2)
+        return _fail(f"error: {one_line(error, limit=10_000)}", error.exit_code)
     except Preempted as notice:
         return _fail(f"{notice}; the same command resumes the run", notice.exit_code)
     except KeyboardInterrupt as interrupt:

@@ -10,6 +10,7 @@ address itself, each process its part. So the rows of a checkpoint's steps are t
 seconds; a lock that was not rewritten for ``DEAD`` seconds is one of a machine that is gone.
 
 The working copy holds its address in ``address.txt`` and is otherwise a run's directory like any.
+Commands that read a run have a copy of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -29,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from mmljax.data.paths import is_remote
-from mmljax.errors import UserError, require
-from mmljax.files import write_atomically
-from mmljax.mesh import agree, is_main_process
+from mmljax.errors import Unreachable, UserError, require
+from mmljax.files import acquire_lock, write_atomically
+from mmljax.mesh import is_main_process, raise_together
 from mmljax.text import one_line
 
 LOCK, ADDRESS, CHECKPOINTS = "running.lock", "address.txt", "checkpoints"
@@ -39,15 +41,18 @@ BEAT = 20.0  # seconds between two refreshes of a lock
 DEAD = 120.0  # seconds without a refresh, after which the holder of a lock counts as dead
 PAUSES = (1.0, 3.0, 10.0)  # seconds before a failed call is repeated
 
+_MANGLED = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 _log = logging.getLogger(__name__)
 
 
-class Unreachable(UserError):
-    """The address cannot be read or written, or another run has taken it over."""
+class LockLost(Unreachable):
+    """Another run has taken the address over; started again, this one would fight it."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RunFiles:
     """Where a run keeps its files."""
 
     local: Path  # folder of all but the checkpoints
@@ -67,50 +72,59 @@ class Place:
 
 
 @contextlib.contextmanager
-def opened(workdir: Path | str) -> Iterator[Place]:
-    """The place of a run that trains; for an address it is locked, and its files are copied here.
+def opened(workdir: Path | str) -> Iterator[RunFiles]:
+    """The files of a run that trains; an address is locked, and its files are copied here.
 
     Raises:
       UserError: if the address cannot be used or is in use; in all processes.
     """
-    if not is_remote(workdir):
+    if not _is_address(workdir):
         local = Path(workdir)
-        yield Place(local, local / CHECKPOINTS, str(local))
+        yield RunFiles(local, local / CHECKPOINTS, str(local))
         return
     address = str(workdir).rstrip("/")
     with contextlib.ExitStack() as stack:
-        place = Place(working_copy(address), checkpoint_folder(address), address)
+        files = RunFiles(working_copy(address), checkpoint_folder(address), address)
         problem: UserError | None = None
         if is_main_process():
             try:
-                push = stack.enter_context(_mirrored(address, place.local))
-                place = dataclasses.replace(place, push=push)
+                push = stack.enter_context(_mirrored(address, files.local))
+                files = dataclasses.replace(files, push=push)
             except UserError as error:
                 problem = error
-        if not agree(problem is None):
-            raise problem or UserError("the first process refused the run; see its message")
+        raise_together(problem, otherwise="the first process refused the run; see its message")
         try:
-            yield place
+            yield files
         except Unreachable:
             raise
         except UserError as error:
-            raise UserError(place.shown(str(error))) from error
+            raise UserError(files.shown(str(error))) from error
 
 
 def fetched(run: Path | str) -> Path:
     """A run's directory; of an address, a local copy of its small files.
 
-    The checkpoints stay where they are (:func:`checkpoints_of`).
+    The checkpoints stay where they are (:func:`checkpoints_of`). Files that are no longer at the
+    address are removed from the copy; what was written into it here stays.
 
     Raises:
       UserError: if the address cannot be read, or holds no run.
     """
-    if not is_remote(run):
+    if not _is_address(run):
         return Path(run)
     address = str(run).rstrip("/")
     checkpoint_folder(address)  # refuses what cannot be read later
+    store = _Store(address, named="run ")
     local = working_copy(address, kind="read")
-    if not _pull(_Store(address, named="run "), local):
+    local.mkdir(parents=True, exist_ok=True)
+    copied = local.parent / "copied.txt"
+    with acquire_lock(local.parent / "lock", wait=True):  # of commands that read at once
+        names = _pull(store, local)
+        before = copied.read_text(encoding="utf-8").splitlines() if copied.exists() else []
+        for name in set(before) - set(names):
+            (local / name).unlink(missing_ok=True)
+        write_atomically(copied, "\n".join(names))
+    if not names:
         raise UserError(f"run {address} does not exist; give the --workdir of a run")
     return local
 
@@ -142,6 +156,18 @@ def checkpoint_folder(address: str) -> Path | str:
         f"{address}: checkpoints cannot be kept on {scheme}://; use gs://BUCKET/RUN, or mount the "
         "store as a folder and name that"
     )
+
+
+def _is_address(path: Path | str) -> bool:
+    """Whether a path is an address.
+
+    Raises:
+      UserError: if it was one before it was made a ``Path``, which makes ``:/`` of ``://``.
+    """
+    if (found := _MANGLED.match(os.fspath(path))) is not None:
+        address = f"{found[1]}://{os.fspath(path)[found.end() :]}"
+        raise UserError(f"{path} is an address with one /; give it as the text {address!r}")
+    return is_remote(path)
 
 
 def working_copy(address: str, *, kind: str = "runs") -> Path:
@@ -223,11 +249,7 @@ class _Store:
                 time.sleep(pause)
 
     def _unreachable(self, done: str, error: Exception) -> Unreachable:
-        return Unreachable(
-            f"{self._named}{self.address} cannot be {done} ({one_line(error)}); check the network, "
-            "that the bucket exists, and that the account of this machine may use it (gcloud auth "
-            "application-default login)"
-        )
+        return Unreachable.of(f"{self._named}{self.address}", done, one_line(error))
 
 
 class _Lock:
@@ -270,12 +292,13 @@ class _Lock:
         """Refuse to go on without the lock.
 
         Raises:
-          Unreachable: if another run has it, or it was deleted.
+          LockLost: if another run has it, or it was deleted.
+          Unreachable: if it cannot be read.
         """
         held = self._store.read(LOCK)
         if not self._is_ours(held):
             who = f"was taken over by {_holder(held)}" if held else "was deleted"
-            raise Unreachable(
+            raise LockLost(
                 f"--workdir={self._store.address}: its {LOCK} {who}, so this run stops and writes "
                 "nothing more there"
             )
@@ -303,8 +326,8 @@ class _Lock:
         while time.monotonic() < until:
             time.sleep(BEAT / 10)
             now = self._store.read(LOCK)
-            if now is None:
-                return True
+            if now is None:  # its holder released it, and a third run may take it
+                return False
             if now != held:
                 raise UserError(
                     f"--workdir={self._store.address} is in use by another run ({_holder(now)}); "
@@ -372,17 +395,19 @@ def _mirrored(address: str, local: Path) -> Iterator[Callable[[], None]]:
     with _Lock(store) as lock:
         shutil.rmtree(local, ignore_errors=True)
         push = _Push(store, lock, local, known=_pull(store, local))
+        remain = f"the files of this session remain in {local} until the run is started again here"
         try:
             yield push
-        except Unreachable:
-            raise
+            push()
+        except Unreachable as error:
+            cure = "the same command resumes the run from what was saved before"
+            raise type(error)(f"{error}; {remain}; {cure}") from error
         except BaseException:
             try:
                 push()
             except UserError as error:
-                _log.warning("%s", error)
+                _log.warning("%s; %s", error, remain)
             raise
-        push()
 
 
 def _pull(store: _Store, local: Path) -> list[str]:
@@ -408,23 +433,21 @@ class _Push:
         """Copy them.
 
         Raises:
-          Unreachable: if that fails, or the lock is lost.
+          Unreachable: if that fails.
+          LockLost: if the lock is lost.
         """
-        try:
-            self._lock.check()
-            for path in sorted(self._local.rglob("*")):
-                name = path.relative_to(self._local).as_posix()
-                if not path.is_file() or path.suffix == ".partial" or name in (LOCK, ADDRESS):
-                    continue
+        self._lock.check()
+        # Unlike rglob, walk passes over folders that vanish meanwhile.
+        paths = [Path(folder, name) for folder, _, names in os.walk(self._local) for name in names]
+        for path in sorted(paths):
+            name = path.relative_to(self._local).as_posix()
+            if not path.is_file() or path.suffix == ".partial" or name in (LOCK, ADDRESS):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # it vanished
                 mark = self._mark(path)
                 if self._seen.get(name) != mark:
                     self._store.write(name, path.read_bytes())
                     self._seen[name] = mark
-        except Unreachable as error:
-            raise Unreachable(
-                f"{error}; the files of this session remain in {self._local}; the same command "
-                "resumes the run from what was saved before"
-            ) from error
 
     @staticmethod
     def _mark(path: Path) -> tuple[int, int]:

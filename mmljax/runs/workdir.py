@@ -12,7 +12,7 @@ from mmljax.config import Config, to_dict
 from mmljax.data.fingerprint import fingerprint_differences
 from mmljax.errors import UserError
 from mmljax.files import Locked, acquire_lock, write_atomically
-from mmljax.mesh import agree, is_main_process
+from mmljax.mesh import is_main_process, raise_together
 from mmljax.runs.reader import CONFIG
 from mmljax.text import differences, one_line
 
@@ -45,8 +45,7 @@ def claimed(workdir: Path, config: Config, data: Mapping[str, Any]) -> Iterator[
                 _check_data(workdir, data)
             except UserError as error:
                 problem = error
-        if not agree(problem is None):
-            raise problem or UserError("the first process refused the run; see its message")
+        raise_together(problem, otherwise="the first process refused the run; see its message")
         yield
 
 

@@ -76,12 +76,12 @@ def train(
       Preempted: if the process received SIGTERM or SIGINT and saved a checkpoint.
     """
     config = config if isinstance(config, Config) else from_mapping(config)
-    with remote.opened(workdir) as place:
-        return _train(config, place, dataset)
+    with remote.opened(workdir) as files:
+        return _train(config, files, dataset)
 
 
-def _train(config: Config, place: remote.Place, dataset: Dataset | None) -> dict[str, Any]:
-    workdir = place.local
+def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> dict[str, Any]:
+    workdir = files.local
     started = time.monotonic()
 
     # Everything that the config names is built first, so that a mistake shows before any work.
@@ -96,7 +96,7 @@ def _train(config: Config, place: remote.Place, dataset: Dataset | None) -> dict
         features=load.feature_size(dataset),
         train_examples=len(dataset.train.labels),
         mesh=mesh,
-        pretrained=not checkpoints.is_in(place.checkpoints),  # else a checkpoint has them
+        pretrained=not checkpoints.is_in(files.checkpoints),  # else a checkpoint has them
     )
     total = trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
@@ -109,19 +109,19 @@ def _train(config: Config, place: remote.Place, dataset: Dataset | None) -> dict
 
     with ExitStack() as stack:  # however the run ends, pending saves are finished
         stack.enter_context(claimed(workdir, config, dataset_fingerprint(dataset)))
-        place.push()
+        files.push()
         if config.data.source == load.FEATURES and is_main_process():
             copy_identity(Path(config.data.directory), workdir)
         preemption = stack.enter_context(Preemption())
         saved = checkpoints.Checkpoints(
-            place.checkpoints,
+            files.checkpoints,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
             best_by=f"recall@{min(config.evaluation.recall_at)}",
         )
         stack.callback(saved.close)
         state, first = _restore(saved, trainer)
-        if first == 0 and not place.remote:
+        if first == 0 and not files.remote:
             room = check_disk(workdir, state, kept=config.checkpoint)
             if room.failed:
                 raise UserError(f"disk: {room.text}")
@@ -171,7 +171,7 @@ def _train(config: Config, place: remote.Place, dataset: Dataset | None) -> dict
                     found = records.make_records(protocol, step, dataset, result)
                     records.write_records(workdir, found)
             if saves:
-                place.push()
+                files.push()
                 saved.save(state, step=step, metrics=scores)
                 recorder.restart_clock()
             if stops:
@@ -193,7 +193,7 @@ def _train(config: Config, place: remote.Place, dataset: Dataset | None) -> dict
         sessions=reporter.sessions,
         extra={"protocol": protocol, "untrained": reporter.evaluations.get(0)},
     )
-    _report(config, place, saved.directory, dataset, results)
+    _report(config, files, saved.directory, dataset, results)
     return results
 
 
@@ -267,13 +267,13 @@ def _describe(
 
 
 def _report(
-    config: Config, place: remote.Place, saved: Path, dataset: Dataset, results: dict[str, Any]
+    config: Config, files: remote.RunFiles, saved: Path, dataset: Dataset, results: dict[str, Any]
 ) -> None:
     """Draw the contributions and the page, and print the scores and the paths of all files."""
-    paths = {"checkpoint": saved, "results": place.local / writer.RESULTS}
+    paths = {"checkpoint": saved, "results": files.local / writer.RESULTS}
     if config.log.plot:
-        paths |= write_plot_and_page(place.local, dataset=dataset, config=config)
+        paths |= write_plot_and_page(files.local, dataset=dataset, config=config)
     table = writer.recall_table(results["scores"], untrained=results.get("untrained"))
     print(table, flush=True)  # noqa: T201
     for name, path in paths.items():
-        print(f"{name:<11}{place.shown(path)}", flush=True)  # noqa: T201
+        print(f"{name:<11}{files.shown(path)}", flush=True)  # noqa: T201

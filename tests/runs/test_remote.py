@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -15,7 +17,7 @@ import pytest
 
 import mock_store
 from mmljax.cli import main
-from mmljax.errors import UserError
+from mmljax.errors import Unreachable, UserError
 from mmljax.runs import remote
 
 RUN = "mock://bucket/run"
@@ -32,26 +34,26 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "other cache"))
 
 
-def run(write: Callable[[remote.Place], None] = lambda place: None, address: str = RUN) -> None:
-    """A run that does so with its place."""
-    with remote.opened(address) as place:
-        write(place)
+def run(write: Callable[[remote.RunFiles], None] = lambda files: None, address: str = RUN) -> None:
+    """A run that does so with its files."""
+    with remote.opened(address) as files:
+        write(files)
 
 
 def test_changed_files_are_copied_and_come_back_elsewhere(store, tmp_path, monkeypatch):
-    with remote.opened(f"{RUN}/") as place:
-        assert place.local.name == "run"  # what loggers name the run
-        assert place.checkpoints == store / "bucket/run/checkpoints"
-        (place.local / "metrics.jsonl").write_text("1\n")
-        (place.local / "tensorboard").mkdir()
-        (place.local / "tensorboard/events").write_bytes(b"\0\xff")
-        (place.local / "running.lock").write_text("of this machine")
-        (place.local / "results.json.partial").write_text("half")
-        place.push()
-        place.push()
-        (place.local / "metrics.jsonl").write_text("1\n2\n")
-        place.push()
-        (place.local / "results.json").write_text("{}")
+    with remote.opened(f"{RUN}/") as files:
+        assert files.local.name == "run"  # what loggers name the run
+        assert files.checkpoints == store / "bucket/run/checkpoints"
+        (files.local / "metrics.jsonl").write_text("1\n")
+        (files.local / "tensorboard").mkdir()
+        (files.local / "tensorboard/events").write_bytes(b"\0\xff")
+        (files.local / "running.lock").write_text("of this machine")
+        (files.local / "results.json.partial").write_text("half")
+        files.push()
+        files.push()
+        (files.local / "metrics.jsonl").write_text("1\n2\n")
+        files.push()
+        (files.local / "results.json").write_text("{}")
     assert mock_store.writes(store) == [
         "bucket/run/metrics.jsonl",
         "bucket/run/tensorboard/events",
@@ -65,27 +67,27 @@ def test_changed_files_are_copied_and_come_back_elsewhere(store, tmp_path, monke
         "tensorboard",
     ]
     elsewhere(monkeypatch, tmp_path)
-    with remote.opened(RUN) as place:
-        assert (place.local / "metrics.jsonl").read_text() == "1\n2\n"
+    with remote.opened(RUN) as files:
+        assert (files.local / "metrics.jsonl").read_text() == "1\n2\n"
         assert (bucket / "tensorboard/events").read_bytes() == b"\0\xff"
     assert len(mock_store.writes(store)) == 4  # nothing that was only read
 
 
 def test_files_of_this_machine_give_way_to_those_at_the_address(store):
-    with remote.opened(RUN) as place:
-        (place.local / "metrics.jsonl").write_text("old\n")
+    with remote.opened(RUN) as files:
+        (files.local / "metrics.jsonl").write_text("old\n")
     (store / "bucket/run/metrics.jsonl").write_text("of another machine\n")
-    (place.local / "metrics.jsonl").write_text("not copied\n")
-    (place.local / "mlflow.id").write_text("not copied")
-    with remote.opened(RUN) as place:
-        assert (place.local / "metrics.jsonl").read_text() == "of another machine\n"
-        assert not (place.local / "mlflow.id").exists()
+    (files.local / "metrics.jsonl").write_text("not copied\n")
+    (files.local / "mlflow.id").write_text("not copied")
+    with remote.opened(RUN) as files:
+        assert (files.local / "metrics.jsonl").read_text() == "of another machine\n"
+        assert not (files.local / "mlflow.id").exists()
 
 
 def test_a_run_that_fails_copies_its_files_and_names_the_address(store):
-    def broken(place):
-        (place.local / "metrics.jsonl").write_text("nan\n")
-        raise UserError(f"--workdir={place.local} holds a run of another config")
+    def broken(files):
+        (files.local / "metrics.jsonl").write_text("nan\n")
+        raise UserError(f"--workdir={files.local} holds a run of another config")
 
     with pytest.raises(UserError) as error:
         run(broken)
@@ -95,14 +97,14 @@ def test_a_run_that_fails_copies_its_files_and_names_the_address(store):
 
 
 def test_a_second_run_is_refused_while_the_first_lives(store, tmp_path, monkeypatch):
-    with remote.opened(RUN) as place:
-        (place.local / "metrics.jsonl").write_text("first\n")
+    with remote.opened(RUN) as files:
+        (files.local / "metrics.jsonl").write_text("first\n")
         elsewhere(monkeypatch, tmp_path)
         with pytest.raises(UserError, match=f"--workdir={RUN} is in use by another run") as error:
             run()
         assert f"to take over, delete {RUN}/running.lock" in str(error.value)
         time.sleep(3 * remote.BEAT)
-        place.push()
+        files.push()
     assert (store / "bucket/run/metrics.jsonl").read_text() == "first\n"
 
 
@@ -119,8 +121,8 @@ def test_the_lock_of_a_machine_that_vanished_is_watched_then_taken(store, age):
     """However its clock differs from ours."""
     left_behind(store, time=time.time() - age)
     before = time.monotonic()
-    with remote.opened(RUN) as place:
-        place.push()
+    with remote.opened(RUN) as files:
+        files.push()
     waited = time.monotonic() - before
     assert waited > 0.9 * (1.5 * remote.BEAT if age > 0 else remote.DEAD)
 
@@ -132,61 +134,109 @@ def test_the_lock_of_a_process_that_ended_here_is_taken_at_once(store, monkeypat
     left_behind(
         store, machine=remote._machine(), process=os.getpid() if process == "own" else process
     )
-    with remote.opened(RUN) as place:
-        place.push()
+    with remote.opened(RUN) as files:
+        files.push()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"time": "x"}'])
 def test_a_damaged_lock_counts_as_left_behind(store, text):
     (store / "bucket/run").mkdir()
     (store / "bucket/run/running.lock").write_text(text)
-    with remote.opened(RUN) as place:
-        place.push()
+    with remote.opened(RUN) as files:
+        files.push()
 
 
 @pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "replaced"])
 def test_a_run_that_lost_its_lock_stops_and_writes_nothing(store, deleted):
     """To delete the lock is how a user takes over."""
 
-    def losing(place):
-        (place.local / "metrics.jsonl").write_text("late\n")
+    def losing(files):
+        (files.local / "metrics.jsonl").write_text("late\n")
         (store / "bucket/run/running.lock").unlink()
         if not deleted:
             (store / "bucket/run").rmdir()
             left_behind(store)
         time.sleep(3 * remote.BEAT)
-        place.push()
+        files.push()
 
-    with pytest.raises(remote.Unreachable) as error:
+    with pytest.raises(remote.LockLost) as error:
         run(losing)
+    assert error.value.exit_code == 2  # a second run must not be restarted into a fight
     said = "was deleted" if deleted else "was taken over by process 1 on h"
     assert said in str(error.value)
-    assert f"the files of this session remain in {remote.working_copy(RUN)};" in str(error.value)
+    assert f"files of this session remain in {remote.working_copy(RUN)} until the" in str(
+        error.value
+    )
     assert mock_store.writes(store) == []
     assert (store / "bucket/run/running.lock").exists() == (not deleted)
 
 
+def test_a_lock_that_is_released_while_it_is_watched_is_not_overwritten(store, monkeypatch):
+    """A third run may have it by then."""
+    left_behind(store)
+    lock = store / "bucket/run/running.lock"
+    read, reads = remote._Store.read, itertools.count()
+
+    def released(self, name):
+        number = next(reads)
+        if number == 1:
+            lock.unlink()
+        found = read(self, name)
+        if number >= 1 and (number == 1 or _holder(lock) == "third"):
+            lock.write_text(json.dumps({"token": "third", "process": 3, "time": number}))
+        return found
+
+    monkeypatch.setattr(remote._Store, "read", released)
+    with pytest.raises(UserError, match="is in use by another run .process 3 on"):
+        run()
+    assert _holder(lock) == "third"
+
+
+def _holder(lock: Path) -> str:
+    return json.loads(lock.read_text())["token"]
+
+
+def test_a_file_that_vanishes_while_it_is_copied_is_passed_over(store, monkeypatch):
+    mark = remote._Push._mark
+
+    def vanishing(path):
+        found = mark(path)
+        if path.name == "gone":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(remote._Push, "_mark", staticmethod(vanishing))
+    with remote.opened(RUN) as files:
+        (files.local / "gone").write_text("")
+        (files.local / "metrics.jsonl").write_text("kept\n")
+        files.push()
+        files.push()
+    assert mock_store.writes(store) == ["bucket/run/metrics.jsonl"]
+
+
 def test_a_failed_write_is_repeated(store):
-    with remote.opened(RUN) as place:
-        (place.local / "metrics.jsonl").write_text("kept\n")
+    with remote.opened(RUN) as files:
+        (files.local / "metrics.jsonl").write_text("kept\n")
         mock_store.fail(store, 2)
-        place.push()
+        files.push()
     assert (store / "bucket/run/metrics.jsonl").read_text() == "kept\n"
 
 
 def test_a_store_that_stays_away_is_one_line_and_the_files_are_kept(store, monkeypatch):
     monkeypatch.setattr(remote, "BEAT", 100)
 
-    def cut_off(place):
-        (place.local / "metrics.jsonl").write_text("kept\n")
+    def cut_off(files):
+        (files.local / "metrics.jsonl").write_text("kept\n")
         mock_store.fail(store, 1000)
-        place.push()
+        files.push()
 
-    with pytest.raises(remote.Unreachable) as error:
+    with pytest.raises(Unreachable) as error:
         run(cut_off)
+    assert error.value.exit_code == 1  # started again, it may succeed
     text = str(error.value)
     assert text.startswith(f"--workdir={RUN} cannot be written (the network is down); check")
-    assert f"the files of this session remain in {remote.working_copy(RUN)};" in text
+    kept = f"the files of this session remain in {remote.working_copy(RUN)}"
+    assert f"{kept} until the run is started again here; the same command resumes" in text
     assert (remote.working_copy(RUN) / "metrics.jsonl").read_text() == "kept\n"
 
 
@@ -232,6 +282,37 @@ def test_reading_commands_get_a_copy_that_knows_its_checkpoints(store):
     assert remote.fetched(store) == store
     with pytest.raises(UserError, match="run mock://bucket/none does not exist"):
         remote.fetched("mock://bucket/none")
+
+
+def test_the_copy_has_no_file_that_is_no_longer_at_the_address(store):
+    """What a command wrote into it here stays."""
+    folder = store / "bucket/run"
+    folder.mkdir()
+    for name in ("config.json", "results.json"):
+        (folder / name).write_text("{}")
+    run = remote.fetched(RUN)
+    (run / "atlas.parquet").write_text("here")
+    (folder / "results.json").unlink()
+    assert remote.fetched(RUN) == run
+    names = {path.name for path in run.iterdir()}
+    assert names == {"address.txt", "config.json", "atlas.parquet"}
+
+
+def test_many_read_at_once(store):
+    folder = store / "bucket/run"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.json").write_text("{}")
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(remote.fetched, [RUN] * 40))) == 1
+
+
+@pytest.mark.parametrize("use", [lambda path: run(address=path), remote.fetched])
+def test_an_address_that_was_made_a_path_is_refused(use):
+    with pytest.raises(UserError) as error:
+        use(Path("gs://bucket/run"))
+    said = "gs:/bucket/run is an address with one /; give it as the text 'gs://bucket/run'"
+    assert str(error.value) == said
 
 
 @pytest.mark.parametrize("verb", ["doctor", "sweep"])
