@@ -8,23 +8,31 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# etils asks once, when the first path is used. gs:// goes through gcsfs, as the small files do: so
+# both have one account, and TensorFlow may be built without gs://.
+if find_spec("gcsfs") is not None:
+    os.environ.setdefault("EPATH_USE_TF", "0")
+
 import orbax.checkpoint as ocp
 from etils import epath
 
 from mmljax.data.paths import is_remote
-from mmljax.errors import UserError
-from mmljax.mesh import agree, is_main_process
+from mmljax.errors import Unreachable, UserError
+from mmljax.mesh import is_main_process, raise_together
 from mmljax.text import one_line
 from mmljax.types import TrainState
 
 _ITEM = "default"  # the folder in which orbax keeps the arrays
 TORN = "torn"  # folder of checkpoints that could not be read
+PAUSE = 5.0  # seconds before a checkpoint at an address is read again
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +48,8 @@ class Checkpoints:
     their folder), and the one before it is used.
 
     Raises:
-      UserError: if there are checkpoints and none can be read.
+      UserError: if there are checkpoints and none can be read; then none is moved.
+      Unreachable: if they are at an address that cannot be read.
     """
 
     def __init__(
@@ -60,30 +69,29 @@ class Checkpoints:
         problem: UserError | None = None
         if is_main_process():
             try:
-                _set_aside_torn(directory)
+                with _reaching(directory):
+                    _set_aside_torn(directory)
             except UserError as error:
                 problem = error
-        if not agree(problem is None):
-            raise problem or UserError("the first process found no whole checkpoint")
+        raise_together(problem, otherwise="the first process found no whole checkpoint")
         policies = ocp.checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep_last),
-                        policies.BestN(
-                            get_metric_fn=lambda metrics: metrics[best_by],
-                            n=keep_best,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                best_fn=lambda metrics: metrics[best_by],
-                enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep_last),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics[best_by],
+                        n=keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
             ),
+            best_fn=lambda metrics: metrics[best_by],
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
+        with _reaching(directory):
+            self._manager = ocp.CheckpointManager(directory, options=options)
 
     def save(
         self,
@@ -101,6 +109,7 @@ class Checkpoints:
 
         Raises:
           UserError: if this or the save before could not be written.
+          Unreachable: the same, at an address.
         """
         with self._writing():
             self._manager.save(
@@ -122,8 +131,10 @@ class Checkpoints:
 
         Raises:
           UserError: if it is of another state.
+          Unreachable: if it is at an address that cannot be read.
         """
-        step = self._manager.latest_step()
+        with _reaching(self.directory):
+            step = self._manager.latest_step()
         if step is None:
             return None
         abstract = jax.tree.map(
@@ -143,14 +154,18 @@ class Checkpoints:
                 f"({'; '.join(wrong[:3])}); choose another --workdir"
             )
         arguments = ocp.args.StandardRestore(flat, strict=False)  # cuts and fills
-        restored = self._manager.restore(step, args=arguments)
+        with _reaching(self.directory):
+            restored = self._manager.restore(step, args=arguments)
         leaves = [restored[key] for key in _keys(target)]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            yield
+            with _reaching(self.directory, "written"):
+                yield
+        except Unreachable:
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # orbax, tensorstore
             whole = steps_in(self.directory)
             last = f"the last whole one is of step {whole[-1]}" if whole else "there is none yet"
@@ -164,32 +179,51 @@ class Checkpoints:
 
         Raises:
           UserError: if one could not be written.
+          Unreachable: the same, at an address.
         """
-        try:
-            with self._writing():
+        with self._writing():
+            try:
                 self._manager.wait_until_finished()
-        finally:
-            self._manager.close()
+            finally:
+                self._manager.close()
 
 
 def located(directory: Path | str) -> Path:
     """A folder of this machine as an absolute path; an address as a path with its methods."""
-    if not is_remote(directory):
-        return Path(directory).absolute()
-    # As the small files, so that both have one account; TensorFlow may be built without gs://.
-    os.environ.setdefault("EPATH_USE_TF", "0")
-    return epath.Path(directory)
+    return epath.Path(directory) if is_remote(directory) else Path(directory).absolute()
+
+
+@contextlib.contextmanager
+def _reaching(directory: Path, done: str = "read") -> Iterator[None]:
+    """Make an error within the block, where the folder is an address, one of the address."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # network libraries raise anything
+        if not is_remote(directory):
+            raise
+        raise Unreachable.of(directory, done, one_line(error)) from error
 
 
 def is_in(directory: Path | str) -> bool:
-    """Whether a folder or address, which may be missing, holds a whole checkpoint."""
+    """Whether a folder or address, which may be missing, holds a whole checkpoint.
+
+    Raises:
+      Unreachable: if it is an address that cannot be read.
+    """
     return bool(steps_in(directory))
 
 
 def steps_in(directory: Path | str) -> list[int]:
-    """The steps of finished checkpoints in a folder, which may be missing, in rising order."""
+    """The steps of finished checkpoints in a folder, which may be missing, in rising order.
+
+    Raises:
+      Unreachable: if it is an address that cannot be read.
+    """
     directory = located(directory)
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    with _reaching(directory):
+        return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 class PartialCheckpoint:
@@ -253,35 +287,41 @@ class PartialCheckpoint:
         except UserError:
             raise
         except Exception as error:  # damaged arrays make orbax raise almost anything
-            raise UserError(
-                f"checkpoint {self._path} cannot be read ({one_line(error)}); name another --step "
-                "of this run"
-            ) from error
+            reason, cure = one_line(error), "name another --step of this run"
+            if is_remote(self._path):
+                shown, cure = f"checkpoint {self._path}", f"; if this one is damaged, {cure}"
+                raise Unreachable.of(shown, "read", reason, more=cure) from error
+            raise UserError(f"checkpoint {self._path} cannot be read ({reason}); {cure}") from error
 
 
 def _set_aside_torn(directory: Path) -> None:
-    """Move checkpoints that cannot be read into ``torn``, until a whole one is found."""
+    """Move checkpoints that cannot be read into ``torn``, if another one can be read."""
     # Among the checkpoints of a bucket, orbax would delete it, as one that was not finished.
     bucket = is_remote(directory)
     torn = (directory.parent if bucket else directory) / TORN
-    problems = []
+    problems = {}
     whole = False
     for step in reversed(steps_in(directory)):
         problem = _problem_of(directory, step, arrays=not whole)
-        if not problem:
-            whole = True
-            continue
-        problems.append(f"step {step}: {problem}")
+        if problem and bucket:  # the network may have failed
+            time.sleep(PAUSE)
+            problem = _problem_of(directory, step, arrays=not whole)
+        if problem:
+            problems[step] = problem
+        whole |= not problem
+    if problems and not whole:
+        reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+        cure = "restore them from a copy, or start again with another --workdir"
+        if bucket:
+            more = f"; if all are damaged, {cure}"
+            raise Unreachable.of(f"the checkpoints of {directory}", "read", reasons, more=more)
+        raise UserError(f"no checkpoint of {directory} can be read ({reasons}); {cure}")
+    for step, problem in problems.items():
         _log.warning("checkpoint of step %d cannot be read and is skipped (%s)", step, problem)
         torn.mkdir(exist_ok=True)
         if bucket:  # which has a folder when it has a file
             (torn / f"{step}.txt").write_text(problem)
         (directory / str(step)).rename(torn / f"{step}-{time.time_ns()}")
-    if problems and not whole:
-        raise UserError(
-            f"no checkpoint of {directory} can be read ({'; '.join(problems)}); they are in "
-            f"{torn}: restore them from a copy, or start again with another --workdir"
-        )
 
 
 def _problem_of(directory: Path, step: int, *, arrays: bool) -> str:

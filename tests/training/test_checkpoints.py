@@ -1,7 +1,10 @@
-"""Checkpoints move between numbers of devices: padding is cut or filled, real rows stay."""
+"""Checkpoints: between numbers of devices real rows stay; torn ones; addresses out of reach."""
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+import small_runs
 import tiny
-from mmljax.errors import UserError
-from mmljax.training.checkpoints import Checkpoints
+from mmljax.errors import Unreachable, UserError
+from mmljax.training import checkpoints
+from mmljax.training.checkpoints import Checkpoints, PartialCheckpoint, steps_in
 from mmljax.training.state import real_rows
 
 REAL = {"proxies": tiny.CLASSES * 2, "memory": 30}  # rows of 2 centers a class, and slots
@@ -122,3 +127,119 @@ def test_fewer_rows_than_classes_and_other_arrays_are_refused(tmp_path: Path) ->
         move(tmp_path / "memory", large, target, rows)
     with pytest.raises(UserError, match=r"params.proxies \(24, 6\) in place of \(20, 6\)"):
         move(tmp_path / "strict", target, make(1)[1], None)
+
+
+def saved(folder: Path, *steps: int) -> None:
+    """Checkpoints of a small state."""
+    manager = Checkpoints(folder, keep_last=9, keep_best=0)
+    for step in steps:
+        manager.save({"weights": jax.numpy.arange(6.0) + step}, step=step, metrics=None)
+    manager.close()
+
+
+def tear(folder: Path, step: int) -> None:
+    for path in (folder / str(step)).rglob("d/*"):
+        path.write_bytes(b"torn")
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two checkpoints that counts as an address."""
+    saved(tmp_path / "checkpoints", 1, 2)
+    monkeypatch.setattr(checkpoints, "is_remote", lambda path: True)
+    monkeypatch.setattr(checkpoints, "PAUSE", 0)
+    return tmp_path / "checkpoints"
+
+
+def test_torn_checkpoints_are_moved_only_if_another_one_is_whole(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3)
+    for step in (2, 3):
+        tear(tmp_path, step)
+    Checkpoints(tmp_path, keep_last=9, keep_best=0).close()
+    assert steps_in(tmp_path) == [1]
+    assert len(list((tmp_path / "torn").iterdir())) == 2
+    tear(tmp_path, 1)
+    with pytest.raises(UserError, match="no checkpoint of .*step 1: .*restore them from a copy"):
+        Checkpoints(tmp_path, keep_last=9, keep_best=0)
+    assert steps_in(tmp_path) == [1]
+    assert len(list((tmp_path / "torn").iterdir())) == 2
+
+
+@pytest.mark.parametrize("failures", [1, 2, 4])
+def test_a_checkpoint_at_an_address_is_torn_after_two_reads(
+    failures: int, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If none can be read, the network is at fault, or each of them: all stay where they are."""
+    check, left = PartialCheckpoint.check, iter(range(failures))
+
+    def failing(self: PartialCheckpoint) -> None:
+        if next(left, None) is not None:
+            raise UserError("the network is down")
+        check(self)
+
+    monkeypatch.setattr(PartialCheckpoint, "check", failing)
+    if failures == 4:
+        with pytest.raises(Unreachable, match="step 2: the network is down; step 1: .*; check the"):
+            Checkpoints(bucket, keep_last=9, keep_best=0)
+    else:
+        Checkpoints(bucket, keep_last=9, keep_best=0).close()
+    assert steps_in(bucket) == ([1] if failures == 2 else [1, 2])
+
+
+def test_a_bucket_out_of_reach_is_one_line_with_the_cure(
+    bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its steps are listed, the manager starts, and a checkpoint is read or written."""
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise ConnectionError("no route to host")
+
+    cure = r"\(no route to host\); check the network, that the bucket exists, and that the account"
+    read, written = (f"{bucket} cannot be {done} {cure}" for done in ("read", "written"))
+    manager = Checkpoints(bucket, keep_last=9, keep_best=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(manager._manager, "save", broken)
+        patch.setattr(manager._manager, "restore", broken)
+        with pytest.raises(Unreachable, match=written):
+            manager.save({"weights": jax.numpy.zeros(6)}, step=3, metrics=None)
+        with pytest.raises(Unreachable, match=read):
+            manager.restore({"weights": jax.numpy.zeros(6)})
+        patch.setattr(manager._manager, "wait_until_finished", broken)
+        with pytest.raises(Unreachable, match=written):
+            manager.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.ocp, "CheckpointManager", broken)
+        with pytest.raises(Unreachable, match=read):
+            Checkpoints(bucket, keep_last=9, keep_best=0)
+    monkeypatch.setattr(checkpoints.ocp.utils, "checkpoint_steps", broken)
+    for use in (steps_in, checkpoints.is_in):
+        with pytest.raises(Unreachable, match=read):
+            use(bucket)
+
+
+def test_a_damaged_checkpoint_at_an_address_may_also_be_out_of_reach(bucket: Path) -> None:
+    tear(bucket, 2)
+    said = f"checkpoint {bucket}/2 cannot be read .*check the network.*if this one is damaged, name"
+    with pytest.raises(Unreachable, match=said):
+        PartialCheckpoint(bucket, step=2).check()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_paths_go_through_gcsfs_where_it_is_installed(installed: bool, tmp_path: Path) -> None:
+    """Etils asks for it once; otherwise TensorFlow's own file system serves, as TFDS needs it."""
+    if installed:
+        (tmp_path / "gcsfs.py").write_text("")
+    elif importlib.util.find_spec("gcsfs") is not None:
+        pytest.skip("gcsfs is installed")
+    program = (
+        "import mmljax.training.checkpoints\n"
+        "from etils.epath import gpath\n"
+        "print(gpath._epath_use_tf(), gpath._is_tf_installed())"
+    )
+    environment = small_runs.environment(PYTHONPATH=f"{tmp_path}:{small_runs.ROOT}")
+    environment.pop("EPATH_USE_TF", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    tensorflow = importlib.util.find_spec("tensorflow") is not None
+    assert done.stdout.split() == [str(not installed), str(tensorflow and not installed)]
