@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from mmljax.cli import options as shared
 from mmljax.errors import UserError, require
@@ -20,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax atlas``."""
     shared.add_run(parser)
     shared.add_step(parser)
-    parser.add_argument("--output", type=Path, help="Parquet file; default: atlas.parquet in RUN")
+    parser.add_argument(
+        "--output", type=shared.local_path, help="Parquet file; default: atlas.parquet in RUN"
+    )
     parser.add_argument(
         "--projection", choices=("pca", "umap"), default="pca", help="default pca; umap: umap-learn"
     )

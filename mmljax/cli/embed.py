@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from mmljax.cli import options as shared
 from mmljax.errors import require
@@ -22,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_run(parser)
     shared.add_step(parser)
     shared.add_images(parser)
-    parser.add_argument("--output", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument(
+        "--output", type=shared.local_path, required=True, help="Parquet file to write"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from mmljax.cli import options as shared
 from mmljax.errors import UserError, require
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax export``."""
     shared.add_run(parser)
     shared.add_step(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=shared.local_path, required=True, help="folder to write")
     parser.add_argument(
         "--images",
         nargs="+",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from mmljax.cli import options as shared
 from mmljax.errors import UserError
@@ -22,7 +21,7 @@ from mmljax.text import printable, size_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax features``."""
     shared.add_config(parser, workdir=False)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=shared.local_path, required=True, help="folder to write")
     parser.add_argument(
         "--views",
         type=shared.at_least(0),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from mmljax.cli import options as shared
 from mmljax.errors import UserError
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to be scored, beside 0 and 1; default 0,0.1,...,1",
     )
     parser.add_argument("--save", type=_alpha, metavar="ALPHA", help="write this network")
-    parser.add_argument("--output", type=Path, help="new directory for --save")
+    parser.add_argument("--output", type=shared.local_path, help="new directory for --save")
     parser.add_argument(
         "--pretrained", help="where the pretrained weights are now; default: as the config says"
     )

@@ -31,6 +31,16 @@ def place(text: str) -> Path | str:
     return text if "://" in text else Path(text)
 
 
+def local_path(text: str) -> Path:
+    """An argparse type: a path of this machine, which an address is not."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an address; give a path of this machine (--workdir and runs may be "
+            "addresses)"
+        )
+    return Path(text)
+
+
 def fetch_runs(options: argparse.Namespace) -> None:
     """Replace the addresses of runs among the options by copies of their small files.
 

@@ -8,7 +8,6 @@ The file needs no network and no other file. --worst is the number of queries th
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mmljax.cli import options as shared
 from mmljax.text import printable
@@ -17,7 +16,9 @@ from mmljax.text import printable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax page``."""
     shared.add_run(parser)
-    parser.add_argument("--output", type=Path, help="HTML file; default: page.html in RUN")
+    parser.add_argument(
+        "--output", type=shared.local_path, help="HTML file; default: page.html in RUN"
+    )
     parser.add_argument(
         "--worst", type=shared.at_least(1), default=200, help="queries shown; default 200"
     )

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=shared.local_path,
         default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmljax",
         help="folder of what is known of compiled programs; default: %(default)s",
     )

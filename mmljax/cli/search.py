@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_run(parser)
     shared.add_step(parser)
     parser.add_argument(
-        "--embeddings", type=Path, required=True, help="Parquet file of mmljax embed to search"
+        "--embeddings",
+        type=shared.local_path,
+        required=True,
+        help="Parquet file of mmljax embed to search",
     )
     shared.add_images(parser)
     parser.add_argument(
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=shared.local_path,
         default=STDOUT,
         help="file.parquet or file.jsonl to write; default: a table on standard output",
     )

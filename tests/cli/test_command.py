@@ -12,7 +12,7 @@ import pytest
 import small_runs
 from mmljax.cli import main
 from mmljax.cli.command import VERBS, parse
-from mmljax.errors import Preempted, UserError
+from mmljax.errors import Preempted, Unreachable, UserError
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ WORDS = {  # valid arguments of each verb
     [
         (UserError("wrong\n\x1b[31mfile \udcff"), 2, "error: wrong \\x1b[31mfile \\udcff"),
         (UserError("no " + "x" * 5000), 2, f"error: no {'x' * 150}...{'x' * 40}"),
+        (Unreachable("gs://b/r is away"), 1, "error: gs://b/r is away"),
         (Preempted("saved at step 3"), 75, "saved at step 3; the same command resumes the run"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
         (PermissionError(13, "Permission denied", "a/b"), 2, "error: a/b: Permission denied"),
@@ -124,6 +125,26 @@ def test_an_error_is_one_line_and_an_exit_code(verb, error, code, line, monkeypa
     assert shown.out == ""
     assert shown.err.startswith(f"mmljax: {line}")
     assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [
+        *(
+            (verb, "--output")
+            for verb in ("atlas", "embed", "export", "features", "page", "search")
+        ),
+        ("interpolate", "--output"),
+        ("search", "--embeddings"),
+        ("plan", "--cache"),
+    ],
+)
+def test_an_address_is_refused_where_only_files_of_this_machine_will_do(verb, flag, capsys):
+    assert main([verb, *WORDS[verb], f"{flag}=gs://bucket/x"]) == 2
+    said = capsys.readouterr().err
+    text = "'gs://bucket/x' is an address; give a path of this machine (--workdir and runs may be"
+    assert said.startswith(f"mmljax: error: argument {flag}: {text}")
+    assert said.count("\n") == 1
 
 
 def test_an_error_of_the_program_is_no_users_mistake(monkeypatch):
