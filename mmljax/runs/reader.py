@@ -22,16 +22,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mmljax.data import paths as files
 from mmljax.errors import UserError
+from mmljax.runs.remote import fetched
 from mmljax.runs.writer import METRICS, read_blocks
 from mmljax.text import one_line
 
@@ -76,7 +74,7 @@ def read_run(
         Means over a thinned curve are biased; None keeps all points.
 
     Raises:
-      UserError: if there is no run, or a file of it is damaged.
+      UserError: if there is no run, or a file of it is damaged or cannot be reached.
     """
     return _table(_read(path, label=label or _name(path), points=points)[1])
 
@@ -157,22 +155,22 @@ def _name(path: Path | str) -> str:
 def _read(path: Path | str, *, label: str, points: int | None) -> tuple[int, list[_Curve]]:
     """Seed and curves of a run, those of its targets last."""
     shown = str(path).rstrip("/")
-    with _files(path) as folder:
-        try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            seed, targets = int(config["seed"]), share_targets(config)
-            if not 0 <= seed < 2**32:
-                raise ValueError(f"seed {seed}")
-        except (*_UNREADABLE, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise UserError(
-                f"{shown}/{CONFIG} is not the config of a run ({type(error).__name__}); give the "
-                "--workdir of a run"
-            ) from None
-        try:
-            blocks = (rows for _, rows in read_blocks(folder / METRICS))
-            curves = _curves(blocks, run=label, seed=seed, points=points)
-        except UserError as error:
-            raise UserError(str(error).replace(str(folder), shown)) from None
+    folder = fetched(path)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        seed, targets = int(config["seed"]), share_targets(config)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed}")
+    except (*_UNREADABLE, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{shown}/{CONFIG} is not the config of a run ({type(error).__name__}); give the "
+            "--workdir of a run"
+        ) from None
+    try:
+        blocks = (rows for _, rows in read_blocks(folder / METRICS))
+        curves = _curves(blocks, run=label, seed=seed, points=points)
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), shown)) from None
     targeted = [{"step": 0, "kind": "target", **targets}] if targets else []
     return seed, curves + _curves([targeted], run=label, seed=seed, points=None)
 
@@ -318,25 +316,3 @@ def load_run_data(run: Path, *, directory: str | None = None) -> tuple[Config, D
         data = dataclasses.replace(config.data, directory=directory)
         config = dataclasses.replace(config, data=data)
     return config, load_dataset(config, create=False)
-
-
-@contextmanager
-def _files(path: Path | str) -> Iterator[Path]:
-    """A local folder with the small files of a run; remote ones are copied.
-
-    Raises:
-      UserError: if remote files cannot be read.
-    """
-    if not files.is_remote(path):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (METRICS, CONFIG):
-            source = files.join(str(path).rstrip("/"), name)
-            try:
-                Path(folder, name).write_bytes(files.read(source))
-            except OSError as error:
-                raise UserError(
-                    f"{source} cannot be read ({one_line(error)}); give the --workdir of a run"
-                ) from None
-        yield Path(folder)

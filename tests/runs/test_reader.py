@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mock_store
 from mmljax.errors import UserError
 from mmljax.runs import writer
 from mmljax.runs.reader import COLUMNS, load_run_data, read_run, read_runs, tidy
@@ -112,23 +114,30 @@ def test_what_is_no_run_is_named(tmp_path):
         load_run_data(tmp_path / "none")
 
 
-def test_a_run_in_a_bucket_is_read_through_tensorflow(tmp_path):
-    """``ram://`` is TensorFlow's own file system in memory, reached as ``gs://`` is."""
-    tf = pytest.importorskip("tensorflow", reason="needs TensorFlow")
+def test_a_run_in_a_bucket_is_read_as_it_is_now(tmp_path, monkeypatch):
+    store = mock_store.make(tmp_path, monkeypatch)
     folder = write(tmp_path / "a", tail='{"torn')
-    for name in ("metrics.jsonl", "config.json"):
-        with tf.io.gfile.GFile(f"ram://bucket/run/{name}", "w") as file:
-            file.write((folder / name).read_text())
-    table = read_run("ram://bucket/run/")
+    (store / "bucket/run").mkdir()
+    (store / "bucket/run/config.json").write_text((folder / "config.json").read_text())
+    (store / "bucket/run/metrics.jsonl").write_text("")
+    assert set(read_run("mock://bucket/run")["kind"]) == {"target"}
+    (store / "bucket/run/metrics.jsonl").write_text((folder / "metrics.jsonl").read_text())
+    table = read_run("mock://bucket/run/")
     assert set(table["run"]) == {"run"}
     local = read_run(folder).drop(columns="run")
     assert table.drop(columns="run").equals(local)
 
 
-def test_an_address_that_holds_no_run_is_named(tmp_path):
-    pytest.importorskip("tensorflow", reason="needs TensorFlow")
-    with pytest.raises(UserError, match=r"ram://nowhere/metrics.jsonl cannot be read"):
-        read_run("ram://nowhere")
+def test_an_address_that_holds_no_run_is_named(tmp_path, monkeypatch):
+    store = mock_store.make(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"run mock://bucket/none does not exist"):
+        read_run("mock://bucket/none")
+    (store / "bucket/run").mkdir()
+    (store / "bucket/run/config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^mock://bucket/run/config.json is not the config"):
+        read_run("mock://bucket/run")
+    with pytest.raises(UserError, match=r"^gs:/bucket/run is .* as the text 'gs://bucket/run'"):
+        read_run(Path("gs://bucket/run"))
 
 
 # Long runs.
