@@ -6,8 +6,8 @@
 # COMMAND is the whole command line of a run that resumes, such as mmljax train with a --workdir that
 # outlives the machine, or a launcher that waits for the run (local.sh, tpu_vm.sh session). It is
 # started again after exit code 75 (it was preempted and saved) and after a failure, such as that of
-# a machine that is gone. Exit codes 0 (finished), 2 (a mistake, which would repeat) and 130 (Ctrl-C)
-# end the loop. SIGTERM and Ctrl-C are passed on as SIGTERM: the run saves and is not started again.
+# a machine that is gone or of a bucket that cannot be reached (1). Exit codes 0 (finished), 2 (a
+# mistake, which would repeat, or another run has taken over the bucket) and 130 (Ctrl-C) end the loop. SIGTERM and Ctrl-C are passed on as SIGTERM: the run saves and is not started again.
 # The exit code is that of the last COMMAND.
 #
 #   --failures N         end after so many quick failures in a row (default 5)
@@ -41,15 +41,19 @@ if $dry_run; then
 fi
 
 pass_signals
-row=0 # quick failures
+quick_failures=0 # in a row
 while true; do
   started=$SECONDS code=0
   wait_for "$@" || code=$?
   case $code in 0 | 2 | 130) exit "$code" ;; esac
   if $stopped; then exit "$code"; fi
-  if ((code == 75 || SECONDS - started >= quick)); then row=0; else row=$((row + 1)); fi
-  if ((row == failures)); then
-    echo "restart.sh: $row failures in a row within $quick s of their start; the last has code $code" >&2
+  if ((code == 75 || SECONDS - started >= quick)); then
+    quick_failures=0
+  else
+    quick_failures=$((quick_failures + 1))
+  fi
+  if ((quick_failures == failures)); then
+    echo "restart.sh: $quick_failures failures in a row within $quick s of their start; the last has code $code" >&2
     exit "$code"
   fi
   echo "restart.sh: code $code after $((SECONDS - started)) s; starting again in $pause s" >&2

@@ -109,6 +109,18 @@ state_of() {
   "${describe[@]}" 2>/dev/null || echo NONE
 }
 
+# Whether a state means that the TPU VM was preempted or failed, and only what is left can be deleted.
+# One that was stopped has its disk, so it is refused.
+gone() { # state
+  case $1 in
+    SUSPEND* | FAILED | PREEMPTED | TERMINATED) return 0 ;;
+    STOPPED | STOPPING)
+      fail "$name is $1; start it (gcloud compute tpus tpu-vm start $name ${where[*]}) or delete it"
+      ;;
+  esac
+  return 1
+}
+
 case $action in
   create)
     [[ -n $type && -n $version ]] || fail "create needs --type and --version; see --help"
@@ -160,19 +172,20 @@ python3 -m uv pip install --quiet --python .venv/bin/python -e '.[data,plot,tpu,
       exit
     fi
     pass_signals
-    case $(state_of) in
-      NONE) "$script" create "${options[@]}" -- "$@" ;;
-      SUSPEND* | FAILED | PREEMPTED | TERMINATED | STOPPED)
-        echo "$name was preempted; creating it again" >&2
-        "$script" delete "${options[@]}" --quiet
-        "$script" create "${options[@]}" --no-plan
-        ;;
-    esac
+    state=$(state_of)
+    if [[ $state == NONE ]]; then
+      "$script" create "${options[@]}" -- "$@"
+    elif gone "$state"; then
+      echo "$name was preempted; creating it again" >&2
+      "$script" delete "${options[@]}" --quiet
+      "$script" create "${options[@]}" --no-plan
+    fi
     until state=$(state_of) && [[ $state == ACTIVE || $state == READY ]]; do
       ! $stopped || exit 75
-      case $state in
-        NONE | FAILED | SUSPEND* | PREEMPTED) echo "$name is $state" >&2; exit 1 ;;
-      esac
+      if [[ $state == NONE ]] || gone "$state"; then
+        echo "$name is $state" >&2
+        exit 1
+      fi
       wait_for sleep "$poll" || true
     done
     "$script" install "${options[@]}"

@@ -603,6 +603,7 @@ def restarted(tmp_path, codes, *options, seconds=0):
         ([75, 75, 75, 75, 0], 0),
         ([1, 137, 75, 1, 255, 0], 0),  # never three failures in a row
         ([2], 2),
+        ([1, 1, 75, 1, 1, 2], 2),
         ([75, 130], 130),
         ([1, 75, 1, 1, 7], 7),
     ],
@@ -618,6 +619,29 @@ def test_a_failure_after_a_long_time_is_none_in_a_row(tmp_path):
     )
     assert (code, starts) == (0, 4)
     assert said.startswith("restart.sh: code 1 after ")
+
+
+def test_a_run_whose_bucket_is_away_is_started_again_and_one_that_lost_its_lock_is_not(tmp_path):
+    """The exit codes of the command line itself."""
+    starts = tmp_path / "starts"
+    command = program(
+        tmp_path / "command",
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import mmljax.cli.train\n"
+        "from mmljax.errors import Unreachable\n"
+        "from mmljax.runs.remote import LockLost\n"
+        f"starts = pathlib.Path({str(starts)!r})\n"
+        "starts.write_text((starts.read_text() if starts.exists() else '') + '.')\n"
+        "def run(options):\n"
+        "    raise (Unreachable if len(starts.read_text()) < 3 else LockLost)('away')\n"
+        "mmljax.cli.train.run = run\n"
+        "sys.exit(mmljax.cli.main(['train']))\n",
+    )
+    done = launch("restart.sh", "--pause", "0", "--", str(command))
+    assert (done.returncode, len(starts.read_text())) == (2, 3), done.stderr
+    assert done.stderr.count("restart.sh: code 1 after") == 2
 
 
 def test_quick_failures_end_with_one_line(tmp_path):
@@ -692,6 +716,31 @@ def test_a_session_outlives_a_preempted_tpu_vm(tmp_path):
         *("describe", *begin, "ssh", "ssh"),
         *("describe", "delete", *begin, "ssh", "ssh"),
     ]
+
+
+@pytest.mark.parametrize("state", ["SUSPENDING", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED"])
+def test_a_session_deletes_what_a_preemption_left_and_nothing_else(tmp_path, state):
+    """Each state is one that a TPU VM can also come to while a session waits for it."""
+    record = tmp_path / "record"
+    program(
+        tmp_path / "bin" / "gcloud",
+        "#!/bin/bash\n"
+        f"echo $4 >>{shlex.quote(str(record))}\n"
+        f"if [[ $4 == describe ]]; then echo {state}; fi\n",
+    )
+    done = launch(
+        *("tpu_vm.sh", "session", *TPU, "--type", "v5litepod-8", "--version", "v", "--poll", "0"),
+        *("--no-plan", "--", "--config", "c.py"),
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    )
+    lines = done.stderr.splitlines()
+    if state == "STOPPED":
+        assert (done.returncode, record.read_text().split()) == (2, ["describe"])
+        start = "start it (gcloud compute tpus tpu-vm start my-tpu --zone=us-west4-a) or delete it"
+        assert lines == [f"tpu_vm.sh: error: my-tpu is STOPPED; {start}"]
+    else:
+        assert (done.returncode, lines[-1]) == (1, f"my-tpu is {state}")
+        assert record.read_text().split() == ["describe", "delete", "create", "describe"]
 
 
 def test_a_worker_keeps_the_exit_code_of_its_run(worker):
