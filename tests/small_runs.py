@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +128,13 @@ def run_quickstart(folder: Path) -> Quickstart:
     return Quickstart(folder / "run", *json.loads(printed.read_text()))
 
 
+def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """Wait until something is so, the process has ended, or 300 seconds have passed."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not ready():
+        time.sleep(0.002)
+
+
 def metrics(workdir: Path) -> list[str]:
     """The lines of ``metrics.jsonl`` but for those of the clock, which no two runs share."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -161,3 +170,20 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     state = {name: plain(x) for name, x in restored.items()}
     rows = int(np.flatnonzero((state["params.proxies"] != 0).any(axis=1))[-1]) + 1
     return {name: x[:rows] if "proxies" in name and x.ndim else x for name, x in state.items()}
+
+
+def trained(workdir: Path) -> int:
+    """The last step with a row."""
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count('"train"') if path.exists() else 0
+
+
+def assert_same_run(a: Path, b: Path) -> dict[str, np.ndarray]:
+    """Rows, scores and every array of the last checkpoint are equal bit for bit; those arrays."""
+    assert metrics(a) == metrics(b)
+    whole, parts = final_state(a), final_state(b)
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, parts[name], err_msg=name)
+    assert results(a)["scores"] == results(b)["scores"]
+    return whole

@@ -244,10 +244,7 @@ def test_interrupted_equals_uninterrupted(
         train(config, tmp_path / "parts")
     monkeypatch.setattr(load, "train_batches", original)
     train(config, tmp_path / "parts")
-    assert small_runs.metrics(tmp_path / "whole") == small_runs.metrics(tmp_path / "parts")
-    whole, parts = (small_runs.final_state(tmp_path / name) for name in ("whole", "parts"))
-    for name, value in whole.items():
-        np.testing.assert_array_equal(value, parts[name], err_msg=name)
+    small_runs.assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_run_is_not_resumed_on_other_features(folder: Path, tmp_path: Path) -> None:

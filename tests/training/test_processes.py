@@ -102,12 +102,7 @@ def test_a_process_that_dies_ends_the_others_and_one_alone_goes_on(
 ) -> None:
     workdir = config.parent / f"killed_{victim}"
     started = start(config, workdir, processes=2)
-    rows = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and started[0].poll() is None:
-        if rows.exists() and rows.read_text().count('"train"') >= 6:
-            break
-        time.sleep(0.01)
+    small_runs.wait_for(started[0], lambda: small_runs.trained(workdir) >= 6)
     started[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     code = started[1 - victim].wait(timeout=HEARTBEAT_SECONDS + 30)
@@ -123,12 +118,7 @@ def test_a_process_that_dies_ends_the_others_and_one_alone_goes_on(
 def test_asked_to_stop_all_save_and_go_on(config: Path, alone: Path) -> None:
     workdir = config.parent / "asked"
     started = start(config, workdir, processes=2)
-    rows = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and started[0].poll() is None:
-        if rows.exists() and rows.read_text().count('"train"') >= 3:
-            break
-        time.sleep(0.01)
+    small_runs.wait_for(started[0], lambda: small_runs.trained(workdir) >= 3)
     started[1].send_signal(signal.SIGTERM)
     codes = [process.wait(timeout=200) for process in started]
     assert codes == [75, 75], logs(config, workdir)

@@ -6,12 +6,9 @@ import itertools
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import mock_store
@@ -34,16 +31,6 @@ RUN = "mock://bucket/run"
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mock_store.make(tmp_path, monkeypatch)
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Rows, scores and every array of the last checkpoint, bit for bit."""
-    assert small_runs.metrics(a) == small_runs.metrics(b)
-    whole, parts = small_runs.final_state(a), small_runs.final_state(b)
-    assert whole.keys() == parts.keys()
-    for name, value in whole.items():
-        np.testing.assert_array_equal(value, parts[name], err_msg=name)
-    assert small_runs.results(a)["scores"] == small_runs.results(b)["scores"]
 
 
 def test_a_run_in_a_bucket_equals_a_local_one_and_is_read_from_there(
@@ -77,7 +64,7 @@ def test_a_run_in_a_bucket_equals_a_local_one_and_is_read_from_there(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
     capsys.readouterr()
     loop.train(config, RUN)
-    assert_same_run(tmp_path / "whole", bucket)
+    small_runs.assert_same_run(tmp_path / "whole", bucket)
     assert f"results    {RUN}/results.json" in capsys.readouterr().out
     sessions = small_runs.results(bucket)["sessions"]
     assert [session["start_step"] for session in sessions] == [0, 10]
@@ -106,12 +93,6 @@ def command(config: Path, *, machine: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None and not ready():
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_killed_stopped_and_resumed_on_other_machines(store: Path, tmp_path: Path) -> None:
     """SIGKILL leaves a lock that the next machine watches; a second run is refused meanwhile."""
@@ -124,7 +105,7 @@ def test_killed_stopped_and_resumed_on_other_machines(store: Path, tmp_path: Pat
     steps = store / "bucket/run/checkpoints"
 
     first = subprocess.Popen(**command(config, machine="a", folder=tmp_path))
-    wait_for(first, (steps / "15").exists)
+    small_runs.wait_for(first, (steps / "15").exists)
     second = subprocess.run(**command(config, machine="b", folder=tmp_path), check=False)
     assert second.returncode == 2, second.stderr
     assert f"mmljax: error: --workdir={RUN} is in use by another run (process" in second.stderr
@@ -134,7 +115,7 @@ def test_killed_stopped_and_resumed_on_other_machines(store: Path, tmp_path: Pat
 
     third = subprocess.Popen(**command(config, machine="c", folder=tmp_path))
     at = max(int(path.name) for path in steps.iterdir() if path.name.isdigit())
-    wait_for(third, (steps / str(at + 10)).exists)
+    small_runs.wait_for(third, (steps / str(at + 10)).exists)
     third.send_signal(signal.SIGTERM)
     said = third.communicate(timeout=200)[1]
     assert third.returncode == 75, said
@@ -143,4 +124,4 @@ def test_killed_stopped_and_resumed_on_other_machines(store: Path, tmp_path: Pat
 
     last = subprocess.run(**command(config, machine="d", folder=tmp_path), check=False)
     assert last.returncode == 0, last.stderr
-    assert_same_run(tmp_path / "whole", store / "bucket/run")
+    small_runs.assert_same_run(tmp_path / "whole", store / "bucket/run")

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +36,6 @@ def start(
     )
 
 
-def trained(workdir: Path) -> int:
-    """The last step with a row."""
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count('"train"') if path.exists() else 0
-
-
-def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None and not ready():
-        time.sleep(0.002)
-
-
 def stop(
     config: Path,
     workdir: Path,
@@ -59,21 +46,11 @@ def stop(
 ) -> str:
     """Run until a step, send a signal, and return the standard error."""
     process = start(config, workdir, **changes)
-    wait_for(process, lambda: trained(workdir) >= after)
+    small_runs.wait_for(process, lambda: small_runs.trained(workdir) >= after)
     process.send_signal(number)
     said = process.communicate(timeout=200)[1]
     assert process.returncode == SIGNALS[number], said
     return said
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Rows, scores and every array of the last checkpoint, bit for bit."""
-    assert small_runs.metrics(a) == small_runs.metrics(b)
-    whole, parts = small_runs.final_state(a), small_runs.final_state(b)
-    assert whole.keys() == parts.keys()
-    for name, value in whole.items():
-        np.testing.assert_array_equal(value, parts[name], err_msg=name)
-    assert small_runs.results(a)["scores"] == small_runs.results(b)["scores"]
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +88,13 @@ def test_killed_twenty_times(config: Path, whole: Path, tmp_path: Path) -> None:
     kills = saving = 0
     at = []
     while kills < KILLS:
-        before = trained(workdir)
+        before = small_runs.trained(workdir)
         more = choose.randint(1, 3)
         process = start(config, workdir)
         # Rows after the last checkpoint are dropped first, so count from what is left.
-        wait_for(process, lambda: trained(workdir) < before or before == 0)  # noqa: B023
-        low = trained(workdir)
-        wait_for(process, lambda: trained(workdir) >= low + more)  # noqa: B023
+        small_runs.wait_for(process, lambda: small_runs.trained(workdir) < before or before == 0)  # noqa: B023
+        low = small_runs.trained(workdir)
+        small_runs.wait_for(process, lambda: small_runs.trained(workdir) >= low + more)  # noqa: B023
         time.sleep(choose.uniform(0, 0.05))
         if process.poll() is not None:
             process.communicate()
@@ -127,13 +104,13 @@ def test_killed_twenty_times(config: Path, whole: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
-        at.append(trained(workdir))
+        at.append(small_runs.trained(workdir))
         kills += 1
     print(f"seed {seed}: killed {kills} times, {saving} of them in a save, after rows {at}")
     done = small_runs.run(config, workdir)
     assert done.returncode == 0, done.stderr
     assert kills >= 10
-    assert_same_run(whole, workdir)
+    small_runs.assert_same_run(whole, workdir)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -148,7 +125,7 @@ def test_a_signal_saves_and_stops(
     assert "the same command resumes the run" in last
     assert int(last_step(workdir).name) >= 7
     assert small_runs.run(config, workdir).returncode == 0
-    assert_same_run(whole, workdir)
+    small_runs.assert_same_run(whole, workdir)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "emptied"])
@@ -172,7 +149,7 @@ def test_a_torn_checkpoint_is_reported_and_passed_over(
     assert f"checkpoint of step {torn.name} cannot be read and is skipped" in done.stderr
     assert "Traceback" not in done.stderr
     assert any((workdir / "checkpoints/torn").iterdir())
-    assert_same_run(whole, workdir)
+    small_runs.assert_same_run(whole, workdir)
 
 
 @pytest.mark.parametrize(("first", "then"), [(8, 1), (1, 8)])
@@ -204,13 +181,13 @@ def test_a_full_disk_loses_nothing(config: Path, whole: Path, tmp_path: Path) ->
     assert "could not be written" in said
     assert f"the last whole one is of step {kept}" in said
     assert small_runs.run(config, workdir).returncode == 0
-    assert_same_run(whole, workdir)
+    small_runs.assert_same_run(whole, workdir)
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(config: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "shared"
     first = start(config, workdir)
-    wait_for(first, lambda: trained(workdir) >= 1)
+    small_runs.wait_for(first, lambda: small_runs.trained(workdir) >= 1)
     second = small_runs.run(config, workdir)
     assert second.returncode == 2
     assert "in use by another run" in second.stderr
