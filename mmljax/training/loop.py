@@ -73,6 +73,7 @@ def train(
 
     Raises:
       UserError: on data or a config that cannot be used, a full disk, or a loss that is not finite.
+      Unreachable: if the workdir is an address that cannot be read or written.
       Preempted: if the process received SIGTERM or SIGINT and saved a checkpoint.
     """
     config = config if isinstance(config, Config) else from_mapping(config)

@@ -207,6 +207,7 @@ def test_a_bucket_out_of_reach_is_one_line_with_the_cure(
         patch.setattr(manager._manager, "wait_until_finished", broken)
         with pytest.raises(Unreachable, match=written):
             manager.close()
+    manager.close()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.ocp, "CheckpointManager", broken)
         with pytest.raises(Unreachable, match=read):
