@@ -202,7 +202,7 @@ class EvaluationConfig:
     every: str = "5 epochs"  # duration; the last step is always evaluated
     recall_at: tuple[Count, ...] = (1, 10, 20, 30, 40, 50)
     gallery_chunk: Count = 4096  # rows of the gallery per matrix product
-    untrained: bool = True  # also score the network before the first step
+    untrained: bool = True  # also score the network before the first step, and pretrained features
     geometry: bool = True  # also measure the embeddings' density and spectral decay
     clustering: bool = False  # also cluster them, for NMI and AMI: needs scikit-learn, takes long
 

@@ -76,7 +76,7 @@ def appended(words: list[str]) -> list[str]:
     if words[0] == "prepare":
         return ["--no-check-counts"]
     line = " ".join(words)
-    if words[0] == "features":
+    if words[0] in ("features", "evaluate"):
         return SMALL
     if words[0] == "plan":
         return [*SMALL, *NARROW, "--config.model.backbone=small", "--cache=cache"]

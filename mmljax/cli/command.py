@@ -34,8 +34,8 @@ from mmljax.errors import Preempted, UserError
 from mmljax.text import nearest, one_line, printable
 
 VERBS = (
-    *("train", "doctor", "plan", "features", "sweep", "interpolate", "embed", "search", "export"),
-    *("compare", "page", "atlas", "prepare"),
+    *("train", "doctor", "plan", "evaluate", "features", "sweep", "interpolate", "embed", "search"),
+    *("export", "compare", "page", "atlas", "prepare"),
 )
 
 _LONGEST_WORD = 240  # characters of a path in an error

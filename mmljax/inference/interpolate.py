@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mmljax.config import to_dict
 from mmljax.data import load
@@ -26,13 +25,12 @@ from mmljax.errors import UserError
 from mmljax.files import write_atomically
 from mmljax.inference.embedder import TrainedEmbedder, Weights
 from mmljax.mesh import replicated, spread
-from mmljax.numerics import l2_normalize
-from mmljax.retrieval.evaluate import Embed, evaluate, make_embed
+from mmljax.retrieval.evaluate import Embed, evaluate, make_embed, make_embed_pooled
 from mmljax.runs.reader import CONFIG
 from mmljax.text import one_line
 from mmljax.training.checkpoints import Checkpoints
 from mmljax.training.state import make_model
-from mmljax.types import Dataset, Params
+from mmljax.types import Dataset
 
 ORIGIN = "interpolation.json"
 
@@ -116,12 +114,7 @@ def curve(
         alpha: score(embed, interpolate(pretrained, fine_tuned, alpha=alpha))
         for alpha in sorted({0.0, 1.0, *alphas})
     }
-
-    @jax.jit
-    def features(network: Params, model_state: Params, images: jax.Array) -> jax.Array:
-        return l2_normalize(nnx.merge(trained.graphdef, network, model_state).pooled(images))
-
-    return scores, score(features, pretrained)
+    return scores, score(make_embed_pooled(trained.graphdef), pretrained)
 
 
 def best_alpha(scores: Mapping[float, Mapping[str, float]], key: str) -> float:

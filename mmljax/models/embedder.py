@@ -123,6 +123,10 @@ class FeatureEmbedder(nnx.Module):
         """Return unit vectors of pooled features; ``train`` and ``keys`` as in ``Embedder``."""
         return self.head(features, train=train, keys=keys)
 
+    def pooled(self, features: Float[Array, "b f"]) -> Float[Array, "b f"]:
+        """Return the features, in float32 at least."""
+        return self.head.pooled(features)
+
 
 def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embedder:
     """Build the embedder that a config describes.

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mmljax.mesh import to_host
+from mmljax.numerics import l2_normalize
 from mmljax.retrieval import metrics
 from mmljax.retrieval.checks import (
     check_embeddings,
@@ -70,6 +71,21 @@ def make_embed(graphdef: nnx.GraphDef) -> Embed:
     @jax.jit
     def embed(network: Params, model_state: Params, images: Array) -> Array:
         return nnx.merge(graphdef, network, model_state)(images, train=False)
+
+    return embed
+
+
+@functools.lru_cache(maxsize=8)
+def make_embed_pooled(graphdef: nnx.GraphDef) -> Embed:
+    """A jitted function like that of :func:`make_embed`: unit vectors of the pooled features.
+
+    These are the backbone's, without the head: what a pretrained network gives before any training.
+    """
+    from flax import nnx
+
+    @jax.jit
+    def embed(network: Params, model_state: Params, images: Array) -> Array:
+        return l2_normalize(nnx.merge(graphdef, network, model_state).pooled(images))
 
     return embed
 

@@ -137,7 +137,7 @@ def write_page(
     context = {
         "run": run.resolve().name,
         "step": records.step,
-        "scores": _score_table(read_metrics(run, kind="evaluation"), records.step),
+        "scores": _score_table(run, records.step),
         "protocol": records.protocol,
         "curves": _curves(read_run(run) if table is None else table),
         "categories": _category_table(records),
@@ -257,27 +257,29 @@ def _places(split: Split) -> dict[str, int]:
     return {str(name): row for row, name in enumerate(split.names)}
 
 
-def _score_table(rows: Sequence[Mapping[str, Any]], step: int) -> list[tuple[str, list[str]]]:
-    """Scores in percent: of the evaluation at ``step``, of the untrained network, by chance.
+def _score_table(run: Path, step: int) -> list[list[str]]:
+    """The names of the columns, and rows of a score's name and its values in percent.
 
-    Args:
-      rows: of the evaluations.
-      step: of the records.
+    The columns are the evaluation at ``step``, that of the records, the untrained network, the
+    pretrained features if they were scored, and chance.
     """
-    evaluations = {row["step"]: row for row in rows}
+    evaluations = {row["step"]: row for row in read_metrics(run, kind="evaluation")}
     if step not in evaluations:
         raise UserError(f"{METRICS} has no evaluation of step {step}; evaluate the run again")
-    scores, untrained = evaluations[step], evaluations.get(0, {})
-    chance = {"recall@1": scores.get("chance", math.nan)}
-    table = []
+    scores = evaluations[step]
+    columns = {"trained": scores, "untrained": evaluations.get(0, {})}
+    if features := read_metrics(run, kind="pretrained"):
+        columns["pretrained"] = features[-1]
+    columns["chance"] = {"recall@1": scores.get("chance", math.nan)}
+    table = [["%", *columns]]
     for key in score_keys(scores):
-        values = [column.get(key, math.nan) for column in (scores, untrained, chance)]
+        values = [column.get(key, math.nan) for column in columns.values()]
         if any(value < 0 or value > 1 for value in values):
             raise UserError(
                 f"{METRICS}: {key!r} of an evaluation is not between 0 and 1; evaluate the run "
                 "again"
             )
-        table.append((score_name(key), [percent(value) for value in values]))
+        table.append([score_name(key), *map(percent, values)])
     return table
 
 

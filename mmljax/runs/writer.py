@@ -3,8 +3,9 @@
 A run's directory holds
 
 - ``metrics.jsonl``: one JSON object per line with ``step``, ``kind`` (``train`` for a row of the
-  ledger, ``evaluation``, ``rates`` for throughput) and flat scalars such as ``loss/pair``. JSON has
-  no NaN and no infinity: they are written as ``null`` and read back as NaN.
+  ledger, ``evaluation``, ``pretrained`` for the scores of a pretrained backbone's features,
+  ``rates`` for throughput) and flat scalars such as ``loss/pair``. JSON has no NaN and no infinity:
+  they are written as ``null`` and read back as NaN.
 - ``sessions.json``: the processes that trained the run (:mod:`mmljax.runs.sessions`).
 - ``results.json``: scores and everything needed to reproduce them.
 - ``tensorboard/``: the same scalars, if configured (:mod:`mmljax.runs.loggers`).
@@ -31,6 +32,8 @@ from mmljax.runs.sessions import Session, Sessions
 from mmljax.text import one_line, text_table
 
 METRICS, RESULTS = "metrics.jsonl", "results.json"
+BEFORE_TRAINING = ("untrained", "pretrained")
+"""Entries of the results: scores of the network at step 0, and of pretrained features alone."""
 
 Row = dict[str, Any]
 
@@ -77,6 +80,7 @@ class Reporter:
         """
         self.evaluations: dict[int, Row] = {}
         """Rows of the evaluations so far, by step."""
+        self._pretrained: Row | None = None
         self._file: TextIO | None = None
         if not enabled:
             return
@@ -88,7 +92,11 @@ class Reporter:
         self._sessions = Sessions(workdir, start_step=start_step, started=started)
         path = workdir / METRICS
         if path.exists():
-            self.evaluations = {row["step"]: row for row in _truncate(path, start_step)}
+            for row in _truncate(path, start_step):
+                if row["kind"] == "pretrained":
+                    self._pretrained = row
+                else:
+                    self.evaluations[row["step"]] = row
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._loggers = loggers
         self._progress = Progress(
@@ -115,8 +123,20 @@ class Reporter:
             return
         self.evaluations[step] = self._write(step, "evaluation", scores)
         self._update_session()
-        shown = [f"{score_name(k)} {100 * scores[k]:.1f}%" for k in score_keys(scores)]
-        self._progress.say(step, shown)
+        self._progress.say(step, _shown(scores))
+
+    def pretrained(self, scores: Mapping[str, Any]) -> None:
+        """Write and show the scores of a pretrained backbone's features, before the first step."""
+        if self._file is None:
+            return
+        self._pretrained = self._write(0, "pretrained", scores)
+        self._progress.say(0, ["pretrained features:", *_shown(scores)])
+
+    @property
+    def before_training(self) -> dict[str, Row | None]:
+        """The entries of the results that :data:`BEFORE_TRAINING` names; None if not evaluated."""
+        found = (self.evaluations.get(0), self._pretrained)
+        return dict(zip(BEFORE_TRAINING, found, strict=True))
 
     def progress(self, *, seconds: float, steps: int, waited: float, compilations: int) -> None:
         """Write the throughput, and show it with the progress.
@@ -155,7 +175,7 @@ class Reporter:
 
     def _write(self, step: int, kind: str, scalars: Mapping[str, Any]) -> Row:
         assert self._file is not None
-        row = _plain(dict(step=step, kind=kind, **scalars))
+        row = plain(dict(step=step, kind=kind, **scalars))
         with _writing(self._workdir):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
         prefix = "" if kind == "train" else f"{kind}/"
@@ -167,6 +187,10 @@ class Reporter:
     def _update_session(self) -> None:
         with _writing(self._workdir):
             self._sessions.update(self._step)
+
+
+def _shown(scores: Mapping[str, Any]) -> list[str]:
+    return [f"{score_name(k)} {100 * scores[k]:.1f}%" for k in score_keys(scores)]
 
 
 @contextlib.contextmanager
@@ -186,7 +210,7 @@ def _writing(workdir: Path) -> Iterator[None]:
 
 
 def _truncate(path: Path, step: int) -> list[Row]:
-    """Remove rows after ``step``, all if it is 0, and return the evaluations that are kept.
+    """Remove rows after ``step``, all if it is 0, and return those of scores that are kept.
 
     The file is streamed; if it is damaged, it is left as it was.
     """
@@ -196,7 +220,7 @@ def _truncate(path: Path, step: int) -> list[Row]:
             for line, row in zip(lines, rows, strict=True):
                 if step and row["step"] <= step:
                     file.write(line)
-                    if row["kind"] == "evaluation":
+                    if row["kind"] in ("evaluation", "pretrained"):
                         evaluations.append(_with_nan(row))
     return evaluations
 
@@ -321,7 +345,7 @@ def write_results(
       extra: further entries, such as the protocol of the evaluation.
     """
     seconds = round(sum(session["seconds"] for session in sessions), 3)
-    results: dict[str, Any] = _plain(
+    results: dict[str, Any] = plain(
         {
             "scores": scores,
             "config": config,
@@ -344,18 +368,17 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
     return results if found else None
 
 
-def recall_table(scores: Mapping[str, Any], *, untrained: Mapping[str, Any] | None = None) -> str:
+def recall_table(networks: Mapping[str, Mapping[str, Any] | None]) -> str:
     """Scores in percent as aligned plain text: a row per score, a column per network.
 
     Args:
-      scores: of the trained network, as fractions: ``recall@<k>``, ``r_precision``, ``map@r``,
-        ``mrr``; optionally ``chance`` (Recall@1 of a random order), ``tie_rate``, ``queries``,
-        ``gallery`` and ``lone_queries``. Other keys are ignored.
-      untrained: the same of the network before its first step.
+      networks: by name the scores of one or several, as fractions: ``recall@<k>``, ``r_precision``,
+        ``map@r``, ``mrr``. Those of None are left out. The first one decides the rows, and may also
+        have ``chance`` (Recall@1 of a random order), ``tie_rate``, ``queries``, ``gallery`` and
+        ``lone_queries``. Other keys are ignored.
     """
-    columns = {"trained": scores}
-    if untrained is not None:
-        columns["untrained"] = untrained
+    columns = {name: scores for name, scores in networks.items() if scores is not None}
+    scores = next(iter(columns.values()))
     if "chance" in scores:
         columns["chance"] = {"recall@1": scores["chance"]}
     rows = [["%", *columns]]
@@ -391,14 +414,14 @@ def score_name(key: str) -> str:
     return _SCORE_NAMES.get(key, key.replace("recall", "Recall"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Plain lists, dicts and numbers for JSON, with None for NaN and infinity."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):  # an array, or one of its scalars
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from mmljax.config import Config, from_mapping, to_dict
@@ -22,7 +23,13 @@ from mmljax.errors import Preempted, UserError
 from mmljax.mesh import agree, is_main_process, make_mesh, sync
 from mmljax.retrieval import records
 from mmljax.retrieval.checks import check_evaluation
-from mmljax.retrieval.evaluate import Retrieval, evaluate, make_embed
+from mmljax.retrieval.evaluate import (
+    Embed,
+    Retrieval,
+    evaluate,
+    make_embed,
+    make_embed_pooled,
+)
 from mmljax.runs import remote, writer
 from mmljax.runs.html import write_plot_and_page
 from mmljax.runs.loggers import Logger, make_loggers
@@ -141,6 +148,8 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         stack.callback(reporter.close)
         if first == 0 and config.evaluation.untrained:
             reporter.evaluation(0, score(state).summary())
+            if config.model.pretrained:
+                reporter.pretrained(score(state, embed=make_embed_pooled).summary())
 
         # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
         # of s, so that a run which resumes from it has them all.
@@ -192,7 +201,7 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         scores=reporter.evaluations[total],
         config=to_dict(config),
         sessions=reporter.sessions,
-        extra={"protocol": protocol, "untrained": reporter.evaluations.get(0)},
+        extra={"protocol": protocol, **reporter.before_training},
     )
     _report(config, files, saved.directory, dataset, results)
     return results
@@ -200,13 +209,14 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
 
 def make_score(
     config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh
-) -> Callable[[TrainState], Retrieval]:
-    """The evaluation of a state on the query and gallery splits."""
-    embed = make_embed(trainer.graphdef)
+) -> Callable[..., Retrieval]:
+    """The evaluation of a state on the query and gallery splits, by its embeddings or features."""
 
-    def score(state: TrainState) -> Retrieval:
+    def score(
+        state: TrainState, *, embed: Callable[[nnx.GraphDef], Embed] = make_embed
+    ) -> Retrieval:
         return evaluate(
-            partial(embed, *state.evaluated),
+            partial(embed(trainer.graphdef), *state.evaluated),
             load.eval_batches(dataset.query, config, mesh),
             dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
             recall_at=config.evaluation.recall_at,
@@ -274,7 +284,7 @@ def _report(
     paths = {"checkpoint": saved, "results": files.local / writer.RESULTS}
     if config.log.plot:
         paths |= write_plot_and_page(files.local, dataset=dataset, config=config)
-    table = writer.recall_table(results["scores"], untrained=results.get("untrained"))
-    print(table, flush=True)  # noqa: T201
+    columns = {"trained": results["scores"]} | {k: results.get(k) for k in writer.BEFORE_TRAINING}
+    print(writer.recall_table(columns), flush=True)  # noqa: T201
     for name, path in paths.items():
         print(f"{name:<11}{files.shown(path)}", flush=True)  # noqa: T201

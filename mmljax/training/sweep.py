@@ -30,6 +30,7 @@ from mmljax.files import write_atomically
 from mmljax.mesh import AXIS, make_mesh, replicated
 from mmljax.retrieval import records
 from mmljax.retrieval.checks import check_evaluation
+from mmljax.retrieval.evaluate import make_embed_pooled
 from mmljax.runs import writer
 from mmljax.runs.workdir import claimed
 from mmljax.text import one_line, text_table
@@ -175,6 +176,11 @@ def _train_together(runs: Sequence[Run], dataset: Dataset) -> dict[Path, str]:
             for run, trainer, reporter in zip(runs, trainers, reporters, strict=True):
                 score = make_score(run.config, dataset, trainer, mesh)
                 reporter.evaluation(0, score(trainer.state).summary())
+        if config.evaluation.untrained and config.model.pretrained:
+            score = make_score(config, dataset, trainers[0], mesh)
+            features = score(trainers[0].state, embed=make_embed_pooled).summary()
+            for reporter in reporters:
+                reporter.pretrained(features)
         kept: list[tuple[int, Any]] = []
         refresh = neighbors.make_refresh(config, dataset, trainers[0], mesh)
         every = neighbors.refresh_every(config, trainers[0])
@@ -361,5 +367,5 @@ def _finish(
         scores=reporter.evaluations[total],
         config=to_dict(config),
         sessions=reporter.sessions,
-        extra={"protocol": protocol, "untrained": reporter.evaluations.get(0)},
+        extra={"protocol": protocol, **reporter.before_training},
     )

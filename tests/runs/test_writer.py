@@ -99,9 +99,14 @@ def test_an_interrupted_file_equals_an_uninterrupted_one(tmp_path):
 def test_the_untrained_score_survives_a_resume(tmp_path):
     reporter = open_reporter(tmp_path)
     reporter.evaluation(0, {"recall@1": 0.1})
+    reporter.pretrained({"recall@1": 0.3})
+    before = reporter.before_training
+    assert [row["recall@1"] for row in before.values()] == [0.1, 0.3]
     reporter.close()
-    open_reporter(tmp_path, step=2).close()
-    assert [row["step"] for row in writer.read_metrics(tmp_path)] == [0]
+    resumed = open_reporter(tmp_path, step=2)
+    assert resumed.before_training == before
+    resumed.close()
+    assert [row["step"] for row in writer.read_metrics(tmp_path)] == [0, 0]
 
 
 def test_a_run_that_starts_again_keeps_no_row(tmp_path):
@@ -368,7 +373,9 @@ SCORES = {
 
 def test_recall_table_with_all_columns():
     untrained = {"recall@1": 0.05, "recall@10": 0.1, "r_precision": 0.02}
-    assert writer.recall_table(SCORES, untrained=untrained).splitlines() == [
+    assert writer.recall_table(
+        {"trained": SCORES, "untrained": untrained, "pretrained": None}
+    ).splitlines() == [
         "%            trained  untrained  chance",
         "Recall@1        90.1        5.0     0.0",
         "Recall@10       96.4       10.0       -",
@@ -381,19 +388,19 @@ def test_recall_table_with_all_columns():
 
 def test_recall_table_reports_ties_if_there_are_any():
     ties = {"mrr": 0.5, "tie_rate": 0.25, "recall_expected@1": 0.125, "recall_optimistic@1": 1.0}
-    assert writer.recall_table({"recall@1": 0.0, **ties}).splitlines() == [
+    assert writer.recall_table({"trained": {"recall@1": 0.0, **ties}}).splitlines() == [
         "%         trained",
         "Recall@1      0.0",
         "MRR          50.0",
         "25.0 % of the queries have ties, scored here in their worst order; "
         "Recall@1 in the mean order: 12.5",
     ]
-    none = writer.recall_table({"recall@1": 0.0, **ties, "tie_rate": 0.0})
+    none = writer.recall_table({"trained": {"recall@1": 0.0, **ties, "tie_rate": 0.0}})
     assert "ties" not in none
 
 
 def test_recall_table_of_scores_alone():
-    assert writer.recall_table({"recall@1": 1.0}).splitlines() == [
+    assert writer.recall_table({"trained": {"recall@1": 1.0}}).splitlines() == [
         "%         trained",
         "Recall@1    100.0",
     ]

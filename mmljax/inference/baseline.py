@@ -1,0 +1,61 @@
+"""The scores of a pretrained backbone before any training: what fine-tuning must beat."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from mmljax.config import Config, to_dict
+from mmljax.data import load
+from mmljax.errors import UserError
+from mmljax.mesh import make_mesh, replicated, spread
+from mmljax.retrieval import records
+from mmljax.retrieval.checks import check_evaluation
+from mmljax.retrieval.evaluate import evaluate, make_embed_pooled
+from mmljax.training.state import make_model
+from mmljax.types import Dataset
+
+
+def score_pretrained(config: Config, *, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Scores of the pooled features of a config's backbone, without a head, on its test images.
+
+    Args:
+      config: of a run that would fine-tune the backbone, or train a head on its features.
+      dataset: images in memory, in place of ``config.data.source``.
+
+    Returns:
+      ``scores``, ``config`` and ``protocol``, as ``results.json`` of a run has them.
+
+    Raises:
+      UserError: if the config names no pretrained weights, or they or the data cannot be used.
+    """
+    if not config.model.pretrained:
+        raise UserError(
+            "--config.model.pretrained='' starts from random weights, whose features say nothing; "
+            "name pretrained ones, or train"
+        )
+    mesh = make_mesh()
+    dataset = load.load_dataset(config) if dataset is None else dataset
+    check_evaluation(dataset, config)
+    graphdef, *weights = make_model(
+        config.model,
+        seed=config.seed,
+        channels=load.image_channels(dataset),
+        pretrained=True,
+        features=load.feature_size(dataset),
+    )
+    weights = spread(weights, jax.tree.map(lambda _: replicated(mesh), weights))
+    result = evaluate(
+        partial(make_embed_pooled(graphdef), *weights),
+        load.eval_batches(dataset.query, config, mesh),
+        dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
+        recall_at=config.evaluation.recall_at,
+        chunk=config.evaluation.gallery_chunk,
+        mesh=mesh,
+        geometry=config.evaluation.geometry,
+        clustering=config.evaluation.clustering,
+    )
+    protocol = records.evaluation_protocol(dataset, config)
+    return {"scores": result.summary(), "config": to_dict(config), "protocol": protocol}
