@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mmljax.config import Config, choose
 from mmljax.data import load
 from mmljax.data.readers.in_shop_list import IMAGES, ITEMS
+from mmljax.data.readers.tfds import LAYOUTS
 from mmljax.errors import UserError
 
 
@@ -21,13 +22,23 @@ class Counts(NamedTuple):
     channels: int = 3
 
 
-_IN_SHOP = Counts(ITEMS["train"], *IMAGES.values())
+def _zero_shot(name: str) -> Counts:
+    (images, classes), (queries, _) = LAYOUTS[name].counts
+    return Counts(classes, images, queries)
 
-PUBLISHED: Mapping[str, Counts] = dict.fromkeys(
-    ("in_shop", "in_shop_high", "tfds_in_shop", "tfds_in_shop_high", "tfds_in_shop_cropped"),
-    _IN_SHOP,
-)
-"""Of In-Shop Clothes Retrieval (Liu et al., DeepFashion, CVPR 2016), for when it is not here."""
+
+_IN_SHOP = Counts(ITEMS["train"], *IMAGES.values())
+_IN_SHOP_SOURCES = ("in_shop", "in_shop_high")
+_IN_SHOP_SOURCES += tuple(f"tfds_{name}" for name in (*_IN_SHOP_SOURCES, "in_shop_cropped"))
+
+PUBLISHED: Mapping[str, Counts] = {
+    **dict.fromkeys(_IN_SHOP_SOURCES, _IN_SHOP),
+    "tfds_cub": _zero_shot("caltech_birds2011"),
+    "tfds_cars": _zero_shot("cars196"),
+    "tfds_sop": _zero_shot("stanford_online_products"),
+}
+"""Of In-Shop Clothes Retrieval (Liu et al., DeepFashion, CVPR 2016) and the benchmarks of
+:mod:`mmljax.data.readers.tfds`, for when they are not here."""
 
 
 def count(

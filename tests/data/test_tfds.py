@@ -86,14 +86,14 @@ def test_counts_add_up_to_those_of_the_whole_sets() -> None:
     """The sizes of the data sets as their authors give them."""
     totals = {"caltech_birds2011": 11_788, "cars196": 16_185, "stanford_online_products": 120_053}
     for name, images in totals.items():
-        assert sum(count for count, _ in tfds_sources._LAYOUTS[name].counts) == images
+        assert sum(count for count, _ in tfds_sources.LAYOUTS[name].counts) == images
 
 
 def test_the_benchmarks_counts_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tfds.prepare("cars196", tmp_path, SETS["cars196"][0])
-    layout = tfds_sources._LAYOUTS["cars196"]
+    layout = tfds_sources.LAYOUTS["cars196"]
     for counts, fits in ((((3, 2), (3, 2)), True), (((3, 2), (4, 2)), False)):
-        monkeypatch.setitem(tfds_sources._LAYOUTS, "cars196", layout._replace(counts=counts))
+        monkeypatch.setitem(tfds_sources.LAYOUTS, "cars196", layout._replace(counts=counts))
         if fits:
             assert len(read_tfds("cars196", tmp_path).train.labels) == 3
         else:

@@ -200,6 +200,8 @@ def test_sizes_come_from_flags_data_or_the_benchmark(tmp_path):
     assert counts.count(config) == counts.Counts(3997, 25882, 14218, 12612)
     assert counts.count(config, classes=9, images=90) == counts.Counts(9, 90)
     assert counts.count(config, queries=7).queries == 7
+    products = load_config("sop", ["data.directory=absent"])
+    assert counts.count(products) == counts.Counts(11_318, 59_551, 60_502)
 
     absent = load_config("inshop", ["data.source=folder", f"data.directory={tmp_path / 'no'}"])
     with pytest.raises(UserError, match="state them: --classes N --images N"):

@@ -45,7 +45,7 @@ def _in_shop(variant: str) -> _Layout:
     )
 
 
-_LAYOUTS = {
+LAYOUTS = {
     "in_shop/low": _in_shop("low"),
     "in_shop/high": _in_shop("high"),
     "in_shop/cropped": _in_shop("cropped"),
@@ -74,6 +74,7 @@ _LAYOUTS = {
         prepare="tfds build stanford_online_products --data_dir {}",
     ),
 }
+"""By the name of the data set in TFDS."""
 
 
 class StoredImages:
@@ -119,7 +120,7 @@ def read_tfds(
       UserError: if the builder is unknown or not prepared there, its files are damaged, or the
         numbers of images or classes are not the benchmark's.
     """
-    layout = choose(_LAYOUTS, name, key="config.data.source")
+    layout = choose(LAYOUTS, name, key="config.data.source")
     prepare = layout.prepare.format(os.fspath(directory) or "DIR")
     with _damage_as_user_error(f"{DIRECTORY_FLAG}={os.fspath(directory)!r}", prepare):
         builder = _builder(name, directory, prepare)
