@@ -72,6 +72,8 @@ class DataConfig:
     test_share: Share = 0.5  # of the classes of a folder without train/, held out for the test
     corrupt: str = "error"  # training images that cannot be decoded: error, or skip (and warn)
     image_size: Count = 224  # side of a training or evaluation crop, pixels
+    start_image_size: Natural = 0  # side of training crops at the beginning; 0: image_size
+    start_until: str = "50%"  # duration of that beginning
     resize_size: Count = 256  # short side before the evaluation crop, pixels
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.16, 1.0)  # area share of a training crop
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height of a training crop

@@ -28,11 +28,11 @@ def _zero_shot(name: str) -> Counts:
 
 
 _IN_SHOP = Counts(ITEMS["train"], *IMAGES.values())
-_IN_SHOP_SOURCES = ("in_shop", "in_shop_high")
-_IN_SHOP_SOURCES += tuple(f"tfds_{name}" for name in (*_IN_SHOP_SOURCES, "in_shop_cropped"))
+_OF_IN_SHOP = ("in_shop", "in_shop_high")
+_OF_IN_SHOP_IN_TFDS = ("tfds_in_shop", "tfds_in_shop_high", "tfds_in_shop_cropped")
 
 PUBLISHED: Mapping[str, Counts] = {
-    **dict.fromkeys(_IN_SHOP_SOURCES, _IN_SHOP),
+    **dict.fromkeys((*_OF_IN_SHOP, *_OF_IN_SHOP_IN_TFDS), _IN_SHOP),
     "tfds_cub": _zero_shot("caltech_birds2011"),
     "tfds_cars": _zero_shot("cars196"),
     "tfds_sop": _zero_shot("stanford_online_products"),

@@ -92,8 +92,14 @@ class Recorder:
         self._rows = []
         self.restart_clock()
 
-    def restart_clock(self) -> None:
-        """Exclude the time so far from the throughput: start-up, evaluations, saves."""
+    def restart_clock(self, *, compiles: bool = False) -> None:
+        """Exclude the time so far from the throughput: start-up, evaluations, saves.
+
+        Args:
+          compiles: whether the next steps may compile, as the first ones may.
+        """
+        if compiles:
+            self._steps = 0
         self._since = time.perf_counter()
         self._waited_before = self._wait.seconds
         self._compiled_before = self._compilations.count

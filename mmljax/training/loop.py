@@ -36,7 +36,8 @@ from mmljax.runs.loggers import Logger, make_loggers
 from mmljax.runs.profiler import Profiler, profiled_steps
 from mmljax.runs.recorder import Recorder
 from mmljax.runs.workdir import claimed
-from mmljax.training import checkpoints, neighbors, optim
+from mmljax.training import checkpoints, optim
+from mmljax.training.batches import make_batches
 from mmljax.training.checks import check_disk
 from mmljax.training.preemption import Preemption
 from mmljax.training.proxies import init_proxies
@@ -109,8 +110,7 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
     total = trainer.total_steps
     evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
     save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
-    refresh_every = neighbors.refresh_every(config, trainer)
-    next_batches = neighbors.make_batches(config, dataset, trainer, mesh)
+    source = make_batches(config, dataset, trainer, mesh)
     score = make_score(config, dataset, trainer, mesh)
     protocol = records.evaluation_protocol(dataset, config)
     profiler = Profiler(workdir / "profile", profiled_steps(config.log.profile, total=total))
@@ -159,9 +159,9 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         stack.callback(recorder.close)
         stack.callback(profiler.close)
         for step in range(first + 1, total + 1):
-            if step - 1 == first or _due(step - 1, refresh_every):
-                state, batches = next_batches(state, step - 1)
-                recorder.restart_clock()
+            if step - 1 == first or source.begins(step - 1):
+                state, batches = source.part(state, step - 1)
+                recorder.restart_clock(compiles=step - 1 == source.small_crops)
             with profiler.step(step):
                 batch = recorder.next_batch(batches)
                 state, scalars = trainer.step(state, batch)

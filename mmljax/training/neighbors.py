@@ -6,7 +6,7 @@ are part of the train state in between, so that a run which resumes makes the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,33 +23,9 @@ from mmljax.retrieval.evaluate import embed_on_devices, make_embed
 from mmljax.retrieval.search import sharded_nearest_neighbors
 from mmljax.training.proxies import readable
 from mmljax.training.trainer import Trainer
-from mmljax.types import Batch, Dataset, Split, TrainState
+from mmljax.types import Dataset, Split, TrainState
 
 _RESULTS = 2**24  # most neighbours that a search returns at once: 128 MiB
-
-NextBatches = Callable[[TrainState, int], tuple[TrainState, Iterator[Batch]]]
-
-
-def make_batches(config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh) -> NextBatches:
-    """A function ``(state, step) -> (state, batches)``, from the state after ``step`` updates.
-
-    It refreshes the relations of the state where they are due, and returns the batches from that
-    step to the next refresh. It is to be called before the first step of a process and whenever
-    ``step`` is a multiple of :func:`refresh_every`.
-    """
-    every = refresh_every(config, trainer)
-    refresh = make_refresh(config, dataset, trainer, mesh)
-
-    def next_batches(state: TrainState, step: int) -> tuple[TrainState, Iterator[Batch]]:
-        if every and step % every == 0:
-            state = state._replace(neighbors=refresh(state))
-        end = min(trainer.total_steps, step - step % every + every if every else 2**62)
-        batches = load.train_batches(
-            dataset, config, mesh, range(step, end), neighbors=on_host(state.neighbors)
-        )
-        return state, batches
-
-    return next_batches
 
 
 def refresh_every(config: Config, trainer: Trainer) -> int:

@@ -16,6 +16,7 @@ from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
 from mmljax.training import neighbors
+from mmljax.training.batches import make_batches
 from mmljax.training.trainer import make_trainer
 
 
@@ -73,23 +74,24 @@ def built(tmp_path: Path, **changes: Any) -> Any:
 def test_refreshed_where_it_is_due_and_only_there(tmp_path: Path) -> None:
     changes = composition(rule="either", share=1.0, every="4 steps")
     config, dataset, trainer, mesh = built(tmp_path, **changes)
-    next_batches = neighbors.make_batches(config, dataset, trainer, mesh)
-    state, batches = next_batches(trainer.state, 0)
+    source = make_batches(config, dataset, trainer, mesh)
+    assert [step for step in range(20) if source.begins(step)] == [0, 4, 8, 12, 16]
+    state, batches = source.part(trainer.state, 0)
     assert len(list(batches)) == 4
     first = jax.device_get(state.neighbors)
     assert first["classes"].any()
     moved = state.params | {"proxies": jnp.roll(state.params["proxies"], 1, axis=0)}
-    state, batches = next_batches(state._replace(params=moved), 6)  # a run that resumes
+    state, batches = source.part(state._replace(params=moved), 6)  # a run that resumes
     assert len(list(batches)) == 2
     np.testing.assert_array_equal(first["classes"], state.neighbors["classes"])
-    state, batches = next_batches(state, 8)
+    state, batches = source.part(state, 8)
     assert (first["classes"] != jax.device_get(state.neighbors["classes"])).any()
 
 
 def test_without_composition_there_is_one_stretch_of_batches(tmp_path: Path) -> None:
     config, dataset, trainer, mesh = built(tmp_path)
     assert neighbors.refresh_every(config, trainer) == 0
-    state, batches = neighbors.make_batches(config, dataset, trainer, mesh)(trainer.state, 3)
+    state, batches = make_batches(config, dataset, trainer, mesh).part(trainer.state, 3)
     assert state.neighbors == ()
     assert len(list(batches)) == 17
 
