@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from mmljax.cli import options as shared
@@ -73,7 +74,9 @@ def run(options: argparse.Namespace) -> int:
     if config is None:
         raise UserError("--config is missing; for a first plan: --config quickstart")
     from mmljax.planning import chips, plan, report
+    from mmljax.planning.alone import CompilerCrashed, Task, compile_alone
     from mmljax.planning.counts import count
+    from mmljax.planning.programs import Cache
 
     targets = [chips.tpu_target(name) for name in options.topology] or [chips.present_target()]
     sizes = {name: getattr(options, name) for name in ("classes", "images", "queries", "gallery")}
@@ -81,14 +84,18 @@ def run(options: argparse.Namespace) -> int:
     found, plans, code = [], [], 0
     for target in targets:
         chosen = plan.fitting_config(config, counts, devices=len(target.devices))
+        cache = Cache(options.cache)
+        if options.topology:
+            task = Task(chosen, counts, target.name, options.cache, options.find_batch_size)
+            cache = cache._replace(fill=partial(compile_alone, task))
         try:
             if options.find_batch_size:
-                size = plan.find_batch_size(chosen, counts, target, cache=options.cache)
+                size = plan.find_batch_size(chosen, counts, target, cache=cache)
                 chosen = plan.with_batch_size(chosen, size)
             made = plan.make_plan(
-                chosen, counts, target, cache=options.cache, buffers=max(options.buffers, 20)
+                chosen, counts, target, cache=cache, buffers=max(options.buffers, 20)
             )
-        except plan.TooLarge as error:
+        except (plan.TooLarge, CompilerCrashed) as error:
             print(f"mmljax: error: {printable(str(error))}", file=sys.stderr)
             found.append(report.refusal_json(target, error))
             code = 2

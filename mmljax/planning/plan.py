@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmljax.config import Config
@@ -25,7 +24,7 @@ from mmljax.planning.hlo_text import (
     sent_bytes,
 )
 from mmljax.planning.operations import Operations
-from mmljax.planning.programs import Compiled, DoesNotFit
+from mmljax.planning.programs import Cache, Compiled, DoesNotFit
 from mmljax.text import size_text
 from mmljax.training.state import state_bytes, tree_bytes
 
@@ -111,7 +110,7 @@ def make_plan(
     counts: Counts,
     target: Target,
     *,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     buffers: int = 20,
 ) -> Plan:
     """Compile the programs of a run for a target, and read them.
@@ -120,7 +119,7 @@ def make_plan(
       config: of the run, from :func:`fitting_config`.
       counts: of its data set.
       target: devices, present or not.
-      cache: folder of compiled programs' facts; None for none.
+      cache: of compiled programs; None for none.
       buffers: how many of the largest to keep.
 
     Raises:
@@ -243,7 +242,7 @@ def largest_fitting(
 
 
 def find_batch_size(
-    config: Config, counts: Counts, target: Target, *, cache: Path | None = None
+    config: Config, counts: Counts, target: Target, *, cache: Cache | None = None
 ) -> int:
     """The largest global batch size whose training step fits, to within 1/32.
 

@@ -12,6 +12,7 @@ import os
 import re
 import time
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,21 +177,33 @@ class Compiled(NamedTuple):
     text: str
 
 
-def compile_program(lowered: Any, *, name: str, cache: Path | None = None) -> Compiled:
-    """Compile a program, or read what an earlier call has found; progress is logged.
+class Cache(NamedTuple):
+    """What is known of programs that were compiled before.
 
     JAX's own compilation cache cannot be read without the hardware, so this one keeps texts.
+    """
+
+    folder: Path
+    fill: Callable[[], None] = lambda: None
+    """Called where a program is not there; may have another process add it."""
+
+
+def compile_program(lowered: Any, *, name: str, cache: Cache | None = None) -> Compiled:
+    """Compile a program, or read what an earlier call has found; progress is logged.
 
     Args:
       lowered: of ``jax.jit(...).lower(...)``.
       name: of target and program, for the log and the cache.
-      cache: folder of earlier results; None for none.
+      cache: of earlier results; None for none.
 
     Raises:
       DoesNotFit: if the compiler finds that it needs more memory than the device has.
     """
-    path = None if cache is None else cache / f"{_digest(lowered, name)}.json.gz"
+    path = None if cache is None else cache.folder / f"{_digest(lowered, name)}.json.gz"
     facts = None if path is None else _read_facts(path)
+    if cache is not None and path is not None and facts is None:
+        cache.fill()
+        facts = _read_facts(path)
     if facts is None:
         _log.info("%s: compiling ...", name)
         begin = time.monotonic()

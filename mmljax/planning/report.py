@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmljax.errors import UserError
 from mmljax.planning.chips import Target
 from mmljax.planning.plan import STEP, Bounds, Plan, TooLarge
 from mmljax.text import size_text, text_table
@@ -175,12 +176,14 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def refusal_json(target: Target, error: TooLarge) -> dict[str, Any]:
-    """A plan that does not fit as JSON."""
+def refusal_json(target: Target, error: UserError) -> dict[str, Any]:
+    """A target without a plan as JSON: ``fits`` is null where the compiler crashed."""
+    common = {"target": target.name, "devices": len(target.devices), "error": str(error)}
+    if not isinstance(error, TooLarge):
+        return {**common, "fits": None}
     return {
-        "target": target.name,
+        **common,
         "fits": False,
-        "devices": len(target.devices),
         "program": error.program,
         "needed": error.needed,
         "available": error.available,

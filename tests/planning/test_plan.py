@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import platform
+import sys
 import types
 
 import jax
@@ -12,15 +14,16 @@ import numpy as np
 import pytest
 
 from mmljax.cli import main
-from mmljax.config import load_config
+from mmljax.config import load_config, to_dict
 from mmljax.errors import UserError
-from mmljax.planning import chips, counts, plan, report
+from mmljax.planning import alone, chips, counts, plan, report
+from mmljax.planning.alone import CompilerCrashed, Task, compile_alone
 from mmljax.planning.hlo_text import Memory, Traffic
 from mmljax.planning.operations import Operations
-from mmljax.planning.programs import needed_and_available
+from mmljax.planning.programs import Cache, needed_and_available
 
-SMALL = ["--config=quickstart", "--config.model.width=8", "--config.data.image_size=24"]
-SMALL += ["--config.data.batch_size=30", "--config.data.images_per_class=2"]
+OVERRIDES = ["model.width=8", "data.image_size=24", "data.batch_size=30", "data.images_per_class=2"]
+SMALL = ["--config=quickstart", *(f"--config.{override}" for override in OVERRIDES)]
 
 
 @pytest.fixture
@@ -69,6 +72,50 @@ def test_what_does_not_fit_is_refused_with_both_figures(cache, capsys, monkeypat
     assert "on each device, and 0.1 MiB are available; lower --config.data.batch_size=32" in line
 
 
+def test_a_compiler_that_crashes_is_one_line(tmp_path, capfd, monkeypatch):
+    """The other target is planned; of the crash's report only the progress is shown."""
+    dies = "import os, sys; print('v5e:2x4: step: compiling ...', '*** SIGSEGV', sep='\\n', "
+    dies += "file=sys.stderr, flush=True); os.kill(os.getpid(), 11)"
+    program = (sys.executable, "-c", dies)
+    config = load_config("quickstart")
+    with pytest.raises(
+        CompilerCrashed, match=r"--topology=v5e:2x4: the compiler crashed \(SIGSEGV"
+    ):
+        compile_alone(Task(config, SIZES, "v5e:2x4", tmp_path, False), program=program)
+    assert capfd.readouterr().err == "v5e:2x4: step: compiling ...\n"
+
+    def fill(task):
+        if task.topology == "v5e:2x4":
+            compile_alone(task, program=program)
+
+    here = chips.present_target()
+    monkeypatch.setattr(alone, "compile_alone", fill)
+    monkeypatch.setattr(chips, "tpu_target", lambda name: here._replace(name=name))
+    words = ["plan", *SMALL, f"--cache={tmp_path}", "--json", "--topology"]
+    assert main([*words, "v5e:2x4", "v6e:2x4"]) == 2
+    shown = capfd.readouterr()
+    crashed, planned = json.loads(shown.out)
+    assert (crashed["target"], crashed["fits"]) == ("v5e:2x4", None)
+    assert (planned["target"], planned["fits"]) == ("v6e:2x4", True)
+    assert "SIGSEGV" in crashed["error"]
+    assert shown.err.splitlines().count(f"mmljax: error: {crashed['error']}") == 1
+
+
+def test_a_process_of_its_own_fills_the_cache(tmp_path, monkeypatch):
+    """What it is sent and what it leaves; the target is that of this machine's devices."""
+    here = chips.present_target()
+    monkeypatch.setattr(chips, "tpu_target", lambda name: here._replace(name=name))
+    config = plan.fitting_config(load_config("quickstart", OVERRIDES), SIZES, devices=8)
+    task = Task(config, SIZES, "v5e:2x4", tmp_path, True)
+    sent = json.dumps(task._replace(config=to_dict(config), cache=str(tmp_path))._asdict())
+    monkeypatch.setattr(sys, "stdin", io.StringIO(sent))
+    monkeypatch.setattr(plan, "find_batch_size", lambda *arguments, **options: 64)
+    alone.main()
+    cache = Cache(tmp_path, fill=lambda: pytest.fail("something was not compiled"))
+    larger = plan.with_batch_size(config, 64)
+    assert plan.make_plan(larger, SIZES, chips.tpu_target("v5e:2x4"), cache=cache).batch_size == 64
+
+
 @pytest.mark.parametrize("largest", [0, 8, 64, 72, 1000])
 def test_the_largest_size_that_fits_is_found(largest):
     asked = []
@@ -104,15 +151,17 @@ def test_the_largest_batch_is_found_or_refused(tmp_path):
 
     def total(size):
         target = chips.Target("cpu", devices, 0, None)
-        made = plan.make_plan(plan.with_batch_size(config, size), SIZES, target, cache=tmp_path)
+        made = plan.make_plan(
+            plan.with_batch_size(config, size), SIZES, target, cache=Cache(tmp_path)
+        )
         return made.memory["training step"].total
 
     enough = chips.Target("cpu", devices, total(48), None)
     start = plan.fitting_config(config, SIZES, devices=8)
-    assert plan.find_batch_size(start, SIZES, enough, cache=tmp_path) == 48
+    assert plan.find_batch_size(start, SIZES, enough, cache=Cache(tmp_path)) == 48
     small = chips.Target("cpu", devices, 2**10, None)
     with pytest.raises(plan.TooLarge, match=r"on each device, and 0.0 MiB are available; lower"):
-        plan.find_batch_size(start, SIZES, small, cache=tmp_path)
+        plan.find_batch_size(start, SIZES, small, cache=Cache(tmp_path))
 
 
 def test_bounds_are_those_computed_by_hand():

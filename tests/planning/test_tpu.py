@@ -23,7 +23,14 @@ from mmljax.mesh import make_mesh
 from mmljax.planning import chips
 from mmljax.planning.counts import PUBLISHED, Counts
 from mmljax.planning.hlo_text import argument_bytes, collectives, instructions
-from mmljax.planning.programs import Compiled, RunShapes, abstract_run, compile_program, lower_step
+from mmljax.planning.programs import (
+    Cache,
+    Compiled,
+    RunShapes,
+    abstract_run,
+    compile_program,
+    lower_step,
+)
 from mmljax.training.state import state_bytes
 
 pytestmark = [
@@ -67,7 +74,9 @@ def compile_for(topology: str, config: Config, counts: Counts, cache: Any) -> St
     assert target.chip is not None
     run = abstract_run(config, counts, make_mesh(target.devices))
     lowered = lower_step(run, config, channels=3)
-    return Step(config, run, compile_program(lowered, name=topology, cache=cache), target.chip)
+    return Step(
+        config, run, compile_program(lowered, name=topology, cache=Cache(cache)), target.chip
+    )
 
 
 @pytest.fixture(scope="module", params=["v5e:2x4", "v6e:2x4"])
