@@ -138,7 +138,10 @@ def make_plan(
     for name, lower in lowered.items():
         try:
             compiled[name] = programs.compile_program(
-                lower(), name=f"{target.name}: {name}", cache=cache
+                lower(),
+                name=f"{target.name}: {name}",
+                cache=cache,
+                with_text=name == STEP,
             )
             check_fits(compiled[name], target)
         except DoesNotFit as error:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmljax.config import Config
+from mmljax.errors import UserError
 from mmljax.files import write_atomically
 from mmljax.mesh import AXIS, replicated, rows_sharding
 from mmljax.planning.counts import Counts
@@ -174,7 +175,7 @@ class Compiled(NamedTuple):
     """What is read of a compiled program."""
 
     memory: Memory
-    text: str
+    text: str  # empty unless it was asked for
 
 
 class Cache(NamedTuple):
@@ -188,16 +189,20 @@ class Cache(NamedTuple):
     """Called where a program is not there; may have another process add it."""
 
 
-def compile_program(lowered: Any, *, name: str, cache: Cache | None = None) -> Compiled:
+def compile_program(
+    lowered: Any, *, name: str, cache: Cache | None = None, with_text: bool = True
+) -> Compiled:
     """Compile a program, or read what an earlier call has found; progress is logged.
 
     Args:
       lowered: of ``jax.jit(...).lower(...)``.
       name: of target and program, for the log and the cache.
       cache: of earlier results; None for none.
+      with_text: whether the program's text is read; the same at each call with one name.
 
     Raises:
       DoesNotFit: if the compiler finds that it needs more memory than the device has.
+      UserError: if JAX cannot read the text, as its own version of libtpu is not the installed one.
     """
     path = None if cache is None else cache.folder / f"{_digest(lowered, name)}.json.gz"
     facts = None if path is None else _read_facts(path)
@@ -207,7 +212,7 @@ def compile_program(lowered: Any, *, name: str, cache: Cache | None = None) -> C
     if facts is None:
         _log.info("%s: compiling ...", name)
         begin = time.monotonic()
-        facts = _compiled_facts(lowered)
+        facts = _compiled_facts(lowered, with_text=with_text)
         _log.info("%s: compiled in %.0f s", name, time.monotonic() - begin)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,14 +240,21 @@ def _read_facts(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _compiled_facts(lowered: Any) -> dict[str, Any]:
+def _compiled_facts(lowered: Any, *, with_text: bool) -> dict[str, Any]:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"memory": (), "text": "", "needed": needed_and_available(str(error))}
-    return {"memory": read_memory(program), "text": program.as_text(), "needed": ()}
+    try:
+        text = program.as_text() if with_text else ""
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"jaxlib cannot read the program that libtpu compiled ({one_line(error)}); install the "
+            "libtpu of this JAX: pip install 'mmljax[tpu]'"
+        ) from error
+    return {"memory": read_memory(program), "text": text, "needed": ()}
 
 
 def needed_and_available(message: str) -> tuple[int, int]:
