@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,8 +26,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(config: Path, workdir: Path, *, processes: int) -> list[subprocess.Popen[str]]:
+def start(
+    config: Path, workdir: Path, *, processes: int, store: Path | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start them; in a store each is a machine of its own, and the run is at an address."""
     port = free_port()
+    command = small_runs.command(config, workdir)
+    if store is not None:
+        address = f"--workdir=mock://bucket/{workdir.name}"
+        command = [sys.executable, "tests/mock_store.py", f"--config={config}", address]
     started = []
     for index in range(processes):
         environment = small_runs.environment(
@@ -35,10 +43,17 @@ def start(config: Path, workdir: Path, *, processes: int) -> list[subprocess.Pop
             MMLJAX_PROCESS_ID=str(index),
             **DOUBLE,
         )
+        if store is not None:
+            environment |= {
+                "PYTHONPATH": str(small_runs.ROOT),
+                "MOCK_STORE": str(store),
+                "MOCK_MACHINE": f"{index} {port}",
+                "XDG_CACHE_HOME": str(store / f"cache {index} {port}"),
+            }
         with (config.parent / f"{workdir.name}_{index}.log").open("w") as log:
             started.append(
                 subprocess.Popen(
-                    small_runs.command(config, workdir),
+                    command,
                     cwd=small_runs.ROOT,
                     env=environment,
                     stderr=log,
@@ -125,3 +140,21 @@ def test_asked_to_stop_all_save_and_go_on(config: Path, alone: Path) -> None:
     started = start(config, workdir, processes=2)
     assert [process.wait(timeout=400) for process in started] == [0, 0], logs(config, workdir)
     assert_near(workdir, alone)
+
+
+def test_several_machines_at_an_address(config: Path, alone: Path, tmp_path: Path) -> None:
+    """Only the first one writes small files there; others with empty caches go on."""
+    (tmp_path / "bucket").mkdir()
+    workdir = tmp_path / "bucket/run"
+    started = start(config, workdir, processes=2, store=tmp_path)
+    small_runs.wait_for(started[0], lambda: small_runs.trained(workdir) >= 3)
+    started[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(timeout=200) for process in started]
+    assert codes == [75, 75], logs(config, workdir)
+    assert not (workdir / "running.lock").exists()
+    started = start(config, workdir, processes=2, store=tmp_path)
+    assert [process.wait(timeout=400) for process in started] == [0, 0], logs(config, workdir)
+    assert len(small_runs.metrics(workdir)) == len(small_runs.metrics(alone))
+    assert_near(workdir, alone)
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("metrics.jsonl")}
+    assert {name[:7] for name in written} == {"bucket", "cache 0"}
