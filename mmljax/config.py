@@ -139,7 +139,9 @@ class Objective:
     """
 
     loss: str
-    params: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
+    params: Mapping[str, float | int | str | tuple[int, ...]] = dataclasses.field(
+        default_factory=dict
+    )
     weight: NotNegative = 1.0
     embedding_share: Share = 0.0
     proxy_share: Share = 0.0

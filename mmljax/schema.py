@@ -73,8 +73,9 @@ def _coerce(kind: Any, value: Any, path: str, partly: tuple[type, ...]) -> Any:
     if dataclasses.is_dataclass(kind):
         return fill(typing.cast(type, kind), value, path=path, partly=partly)
     if origin in (typing.Union, types.UnionType):
+        found = tuple if type(value) is list else type(value)  # JSON has lists alone
         for member in arguments:
-            if type(value) is member:
+            if found is (typing.get_origin(member) or member):
                 return _coerce(member, value, path, partly)
         return _coerce(arguments[0], value, path, partly)
     if origin is Mapping:

@@ -134,6 +134,8 @@ def test_fingerprint_follows_every_value() -> None:
         ("evaluation.recall_at=1,2", "evaluation.recall_at", (1, 2)),
         ("optimizer.head.learning_rate=3e-4", "optimizer.head.learning_rate", 3e-4),
         ("objectives.pair.params.alpha=3", "objectives.pair.params", {"alpha": 3}),
+        ("objectives.pair.params.ks=(1, 2)", "objectives.pair.params", {"ks": (1, 2)}),
+        ("objectives.pair.params.ks=[4]", "objectives.pair.params", {"ks": (4,)}),
         ("objectives.pair.mining_params={}", "objectives.pair.mining_params", {}),
         ("objectives.extra.loss=circle", "objectives.extra.loss", "circle"),
     ],
@@ -154,6 +156,7 @@ def test_overrides(override: str, path: str, value: Any) -> None:
         ("data.batch_size", r"must have the form --config.KEY=VALUE"),
         ("seed.x=3", r"--config.seed.x is unknown: --config.seed is a value"),
         ("objectives.extra.weight=3", r"--config.objectives.extra lacks loss"),
+        ("objectives.pair.params.ks=(1, 2.5)", r"pair.params.ks must be of type int, found 2.5"),
     ],
 )
 def test_bad_overrides_are_named(override: str, message: str) -> None:

@@ -23,6 +23,7 @@ LOSSES: dict[str, tuple[str, Callable[..., Any]]] = {  # name: (relation, loss o
     "supcon": ("sample_to_sample", pair.supcon_loss),
     "nt_xent": ("sample_to_sample", pair.nt_xent_loss),
     "smooth_ap": ("sample_to_sample", ranking.smooth_ap_loss),
+    "recall_at_k": ("sample_to_sample", ranking.recall_at_k_loss),
     "proxy_anchor": ("proxy_to_sample", proxy.proxy_anchor_loss),
     "proxy_nca_pp": ("sample_to_proxy", proxy.proxy_nca_pp_loss),
     "normalized_softmax": ("sample_to_proxy", proxy.normalized_softmax_loss),
@@ -96,7 +97,9 @@ def bind(
                 f"clear them by --{key}='{{}}'"
             )
         wanted = str(known[name].annotation)
-        if isinstance(value, str) != wanted.startswith(("str", "Literal")):
+        if isinstance(value, str) != wanted.startswith(("str", "Literal")) or isinstance(
+            value, tuple
+        ) != wanted.startswith("tuple"):
             raise UserError(f"--{key}.{name} must be of type {wanted}, found {value!r}")
     missing = [n for n in open_names if known[n].default is inspect.Parameter.empty]
     if missing := [n for n in missing if n not in given]:

@@ -132,6 +132,26 @@ def smooth_ap(s, positives, negatives, _, temperature):
     return 1 - precision / len(positives)
 
 
+def recall_at_k(s, positives, negatives, _, temperature, ks=(1, 2, 4, 8, 16), rank_temperature=1.0):
+    if not positives:
+        return None
+
+    def sigmoid(z):
+        return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+
+    recall = 0.0
+    for k in ks:
+        found = 0.0
+        for x in positives:
+            ahead = 0.0
+            for z in positives + negatives:
+                if z != x:
+                    ahead += sigmoid((s[z] - s[x]) / temperature)
+            found += sigmoid((k - 1 - ahead) / rank_temperature)
+        recall += min(k, found) / min(k, len(positives))
+    return 1 - recall / len(ks)
+
+
 def proxy_anchor(s, positives, negatives, _, alpha=32.0, margin=0.1):
     attraction = sum(math.exp(-alpha * (s[j] - margin)) for j in positives)
     repulsion = sum(math.exp(alpha * (s[j] + margin)) for j in negatives)
@@ -260,6 +280,8 @@ CASES = [
         ("supcon", pair.supcon_loss, {}),
         ("nt_xent", pair.nt_xent_loss, {"temperature": 0.2}),
         ("smooth_ap", ranking.smooth_ap_loss, {"temperature": 0.1}),
+        ("recall_at_k", ranking.recall_at_k_loss, {"temperature": 0.1, "rank_temperature": 0.7}),
+        ("recall_at_k", ranking.recall_at_k_loss, {"ks": (3, 1), "temperature": 0.3}),
         ("proxy_anchor", proxy.proxy_anchor_loss, {}),
         ("proxy_nca_pp", proxy.proxy_nca_pp_loss, {}),
         ("normalized_softmax", proxy.normalized_softmax_loss, {"temperature": 0.1}),

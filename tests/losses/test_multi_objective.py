@@ -264,6 +264,8 @@ def test_memory_is_a_ring_for_any_size(size: int, count: int, devices: int) -> N
         ({"loss": "circl"}, {}, r"pair.loss='circl' is unknown.*'circle'"),
         ({"params": {"alfa": 1.0}}, {}, r"pair.params.alfa is unknown.*'alpha'"),
         ({"params": {"alpha": "x"}}, {}, r"pair.params.alpha must be of type float"),
+        ({"params": {"alpha": (1, 2)}}, {}, r"pair.params.alpha must be of type float"),
+        ({"loss": "recall_at_k", "params": {"ks": 4}}, {}, r"pair.params.ks must be of type tuple"),
         ({"mining": "eithr"}, {}, r"pair.mining='eithr' is unknown.*'either'"),
         ({"mining": "hard"}, {}, r"mining_params.margin is unknown: hard takes no hyper.*'{}'"),
         ({"mining": "none"}, {}, r"mining_params.*has no rule.*'{}'"),

@@ -56,6 +56,9 @@ OBJECTIVES = {
     "supcon": Objective(partial(pair.supcon_loss, temperature=0.1), SAMPLE),
     "nt_xent": Objective(partial(pair.nt_xent_loss, temperature=0.1), SAMPLE),
     "smooth_ap": Objective(partial(ranking.smooth_ap_loss, temperature=0.1), SAMPLE),
+    "recall_at_k": Objective(
+        partial(ranking.recall_at_k_loss, temperature=0.1, rank_temperature=1.0), SAMPLE
+    ),
     "proxy_anchor": Objective(partial(proxy.proxy_anchor_loss, alpha=32.0, margin=0.1), ANCHOR),
     "proxy_nca_pp": Objective(partial(proxy.proxy_nca_pp_loss, temperature=0.4), SOFTMAX),
     "normalized_softmax": Objective(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmljax.errors import UserError
 from mmljax.losses import pair, proxy, ranking, separation
 from mmljax.types import PairMasks
 from objective_blocks import quick_jit, random_block
@@ -53,6 +54,30 @@ def test_smooth_ap_is_the_average_precision_when_the_sigmoids_are_steps():
     np.testing.assert_allclose(value, [1 - (1 / 1 + 2 / 3 + 3 / 5) / 3], rtol=1e-6)
 
 
+def test_recall_at_k_is_the_recall_when_the_sigmoids_are_steps():
+    """Of what can be found within k: a query with three positives finds at most one at k = 1."""
+    similarity = jnp.array([[0.9, 0.8, 0.7, 0.6, 0.5], [0.5, 0.6, 0.7, 0.8, 0.9]])
+    positive = jnp.array([[True, False, True, False, True], [False, True, False, False, False]])
+    value, valid = ranking.recall_at_k_loss(
+        similarity,
+        PairMasks(positive, ~positive),
+        ks=(1, 2, 3, 4),
+        temperature=1e-4,
+        rank_temperature=1e-2,
+    )
+    # Ranks are 1, 3, 5 and 4; a rank of exactly k counts half.
+    at = [[0.5, 1 / 2, 1.5 / 3, 2 / 3], [0, 0, 0, 0.5]]
+    np.testing.assert_allclose(value, 1 - np.mean(at, axis=1), rtol=1e-6)
+    assert valid.all()
+
+
+@pytest.mark.parametrize("ks", [(), (0, 1), (2.0,)])
+def test_ks_that_are_no_ranks_are_refused(ks):
+    masks = PairMasks(*jnp.zeros((2, 2, 3), bool))
+    with pytest.raises(UserError, match="must be one or more positive integers"):
+        ranking.recall_at_k_loss(jnp.zeros((2, 3)), masks, ks=ks)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -65,6 +90,7 @@ def test_smooth_ap_is_the_average_precision_when_the_sigmoids_are_steps():
         partial(pair.supcon_loss, temperature=1e-3),
         partial(pair.nt_xent_loss, temperature=1e-3),
         partial(ranking.smooth_ap_loss, temperature=1e-4),
+        partial(ranking.recall_at_k_loss, temperature=1e-4, rank_temperature=1e-3),
     ],
     ids=lambda loss: loss.func.__name__,
 )
