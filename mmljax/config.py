@@ -135,7 +135,13 @@ class Objective:
       mining: a rule of :mod:`mmljax.miners`; ``none`` keeps every pair.
       mining_params: hyperparameters of the rule.
       memory: whether the cross-batch memory joins its references.
-      sampled_proxies: of a loss between proxies, the columns drawn per step; 0 for all.
+      sampled_proxies: of a loss with proxies as columns, how many are drawn at each step; 0 for
+        all. A softmax loss also keeps the proxies of the batch's classes.
+      margin_rise: duration over which the margin of a softmax loss rises from 0 to its value; in
+        steps, such as ``"600 steps"``, in a :class:`mmljax.MultiObjective`.
+      margin_schedule: of that rise, ``linear`` or ``cosine``.
+      least_margin: of a softmax loss, the margin of the largest class; that of the smallest is the
+        loss's own (:func:`mmljax.losses.margins.dynamic_margins`). None: one margin for all.
     """
 
     loss: str
@@ -149,6 +155,9 @@ class Objective:
     mining_params: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
     memory: bool = False
     sampled_proxies: Natural = 0
+    margin_rise: str = "0 steps"
+    margin_schedule: str = "linear"
+    least_margin: NotNegative | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 Params = Any
@@ -67,6 +68,11 @@ class Dataset(NamedTuple):
     gallery: Split | None
     classes: int  # of the training split
 
+    @property
+    def class_sizes(self) -> Any:
+        """Training images of each class, as numpy ``[classes]``."""
+        return np.bincount(self.train.labels, minlength=self.classes)
+
 
 class Points(NamedTuple):
     """One side of a similarity block: samples or proxies, as rows or as columns."""
@@ -100,12 +106,13 @@ class Loss(Protocol):
     """A loss on a block of similarities, its hyperparameters bound. Pure."""
 
     def __call__(
-        self, similarity: Float[Array, "n m"], masks: PairMasks, /, *distances: Array
+        self, similarity: Float[Array, "n m"], masks: PairMasks, /, *distances: Array, **margin: Any
     ) -> Values:
         """Values per row, and which rows enter their mean.
 
         ``distances`` are squared distances ``[n m]`` for a loss that takes them, see
-        :func:`mmljax.losses.blocks.distances_for`.
+        :func:`mmljax.losses.blocks.distances_for`. ``margin`` takes the place of the bound one
+        where a :class:`Margin` says so.
         """
 
 
@@ -114,6 +121,14 @@ class Miner(Protocol):
 
     def __call__(self, views: Views, masks: PairMasks, /) -> PairMasks:
         """The pairs that are kept: subsets of the given masks."""
+
+
+class Margin(NamedTuple):
+    """The margin of a softmax loss that differs between classes, or rises over the first steps."""
+
+    value: Any  # a number, or numpy [classes] of the training split
+    rise: int = 0  # steps from 0 to its value; 0: in full from the start
+    schedule: str = "linear"  # of the rise, a key of losses.margins.SCHEDULES
 
 
 class BoundObjective(NamedTuple):
@@ -125,6 +140,7 @@ class BoundObjective(NamedTuple):
     miner: Miner | None = None  # None keeps every pair
     memory: bool = False  # whether the cross-batch memory joins its columns
     sampled_proxies: int = 0  # how many proxies are drawn as its columns at a step; 0: all
+    margin: Margin | None = None  # None: the one bound to the loss, in every row and at every step
 
 
 class Combination(NamedTuple):

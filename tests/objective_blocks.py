@@ -82,6 +82,20 @@ def check_against_loop(loss, loop, *, centers=0):
     assert largest > 0.1
 
 
+def check_slope(loop, given, value, gradient):
+    """Value and slope of a loss of raw arrays, by name, against a loop in Python floats.
+
+    The slope is along a random direction, the loop's by central differences.
+    """
+    np.testing.assert_allclose(value, loop(given), rtol=1e-10)
+    rng = np.random.default_rng(8)
+    step = {name: 1e-5 * rng.normal(size=array.shape) for name, array in given.items()}
+    ends = [loop({n: a + sign * step[n] for n, a in given.items()}) for sign in (1, -1)]
+    slope = sum(np.sum(step[name] * gradient[name]) for name in given)
+    assert abs(slope) > 1e-8
+    np.testing.assert_allclose((ends[0] - ends[1]) / 2, slope, rtol=1e-6)
+
+
 def _differentiate(loss, similarity, masks):
     def total(s):
         values = loss(s, masks)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, ablation_table, pretrained_ablation
+from mmljax.config import RunSize
 from mmljax.training.trainer import make_objective
 
 
@@ -32,7 +33,7 @@ def test_every_setting_of_every_row_is_a_config_that_builds() -> None:
             for setting in row.settings:
                 config = ablation.make_config(row, setting, seed=3, steps=7)
                 assert config.seed == 3
-                make_objective(config, classes=9)
+                make_objective(config, classes=9, size=RunSize(32, 320, 7))
             chosen[name] = row.settings[0]
     assert len(chosen) > 30
 
@@ -48,7 +49,7 @@ def test_every_setting_of_the_study_on_a_pretrained_network_builds(data: str) ->
                 for recipe in ("heads", "finetune"):
                     config = pretrained_ablation.make_config(recipe, row, setting, own, seed=3)
                     assert config.data.images_per_class == own["data.images_per_class"]
-                    make_objective(config, classes=9)
+                    make_objective(config, classes=9, size=RunSize(32, 320, 7))
             chosen[name], scores[name] = row.settings[-1], 0.01 * len(scores)
     assert len(chosen) > 30
     best = pretrained_ablation.batch_rows(chosen, scores)["all, share, batches proxy"]

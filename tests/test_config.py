@@ -136,6 +136,8 @@ def test_fingerprint_follows_every_value() -> None:
         ("objectives.pair.params.alpha=3", "objectives.pair.params", {"alpha": 3}),
         ("objectives.pair.params.ks=(1, 2)", "objectives.pair.params", {"ks": (1, 2)}),
         ("objectives.pair.params.ks=[4]", "objectives.pair.params", {"ks": (4,)}),
+        ("objectives.proxy.least_margin=0.1", "objectives.proxy.least_margin", 0.1),
+        ("objectives.proxy.least_margin=None", "objectives.proxy.least_margin", None),
         ("objectives.pair.mining_params={}", "objectives.pair.mining_params", {}),
         ("objectives.extra.loss=circle", "objectives.extra.loss", "circle"),
     ],
@@ -157,6 +159,7 @@ def test_overrides(override: str, path: str, value: Any) -> None:
         ("seed.x=3", r"--config.seed.x is unknown: --config.seed is a value"),
         ("objectives.extra.weight=3", r"--config.objectives.extra lacks loss"),
         ("objectives.pair.params.ks=(1, 2.5)", r"pair.params.ks must be of type int, found 2.5"),
+        ("objectives.proxy.least_margin=-1", r"proxy.least_margin must be at least 0, found -1"),
     ],
 )
 def test_bad_overrides_are_named(override: str, message: str) -> None:

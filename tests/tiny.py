@@ -97,12 +97,9 @@ def batch(step: int, *, size: int = 32) -> Batch:
 
 def make_objective(rows: Any = None, **options: Any) -> MultiObjective:
     """The objectives of such a run; options are those of :class:`mmljax.MultiObjective`."""
-    defaults = {"memory_start": 3, "multiple_of": 8}
+    defaults = {"classes": CLASSES, "memory_start": 3, "multiple_of": 8}
     return MultiObjective(
-        objectives() if rows is None else rows,
-        classes=CLASSES,
-        dimension=SIZE,
-        **{**defaults, **options},
+        objectives() if rows is None else rows, dimension=SIZE, **{**defaults, **options}
     )
 
 

@@ -76,6 +76,32 @@ def draw_proxies(key: PRNGKeyArray, *, count: int, of: int) -> Int[Array, " s"]:
     return jax.random.randint(key, (count,), low, high)
 
 
+def sample_classes(
+    key: PRNGKeyArray, labels: Int[Array, " b"], valid: Bool[Array, " b"], *, count: int, of: int
+) -> tuple[Int[Array, " s"], Bool[Array, " s"]]:
+    """The classes of a batch, then ``count`` drawn of the first ``of``; each is valid once.
+
+    Places are as many as the batch has samples and ``count`` together. Those of samples that repeat
+    a class or are padding, and of drawn classes that the batch has, are not valid.
+
+    Source: An et al. 2022, arXiv 2203.15565 (Partial FC), with the rate ``count / of``. Deviations:
+    there the batch's classes are among the number that is sampled, here beside it; and each device
+    draws from its own part, where here one draw over all parts is the same on any number of
+    devices.
+    """
+    ordered = jnp.sort(jnp.where(valid, labels, -1))
+    first = jnp.diff(ordered, prepend=-1) > 0
+    drawn = draw_proxies(key, count=count, of=of)
+    place = jnp.clip(jnp.searchsorted(ordered, drawn), 0, len(labels) - 1)
+    new = ordered[place] != drawn
+    return jnp.concatenate([ordered, drawn]), jnp.concatenate([first, new])
+
+
+def proxies_of(classes: Int[Array, " c"], centers: int) -> Int[Array, " s"]:
+    """The numbers of all proxies of classes, those of a class together."""
+    return (classes[:, None] * centers + jnp.arange(centers)[None, :]).reshape(-1)
+
+
 def fetch_proxies(
     own: Float[Array, "c d"], positions: Int[Array, " s"], axis: Axis
 ) -> Float[Array, "s d"]:
@@ -98,8 +124,7 @@ def class_proxies(
 ) -> Float[Array, "b k d"]:
     """All proxies of the class of each of this device's samples."""
     every = axis.gather(labels)
-    positions = (every[:, None] * centers + jnp.arange(centers)[None, :]).reshape(-1)
-    place, held = _place(own, positions, axis)
+    place, held = _place(own, proxies_of(every, centers), axis)
     mine = axis.scatter_sum(jnp.where(held[:, None], own[place], 0))
     return mine.reshape(labels.shape[0], centers, -1)
 

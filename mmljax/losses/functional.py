@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mmljax.errors import UserError
 from mmljax.losses.blocks import distances_for
+from mmljax.losses.margins import row_margins
 from mmljax.losses.mining import pair_masks
 from mmljax.losses.public import (
     CLASS_LABELS,
@@ -71,8 +73,20 @@ def _proxy_loss(
     rows, columns = (classes, samples) if block in _ROWS_ARE_PROXIES else (samples, classes)
     if takes(block, "centers"):
         hyperparameters["centers"] = centers
+    if jnp.ndim(hyperparameters.get("margin", 0)):
+        hyperparameters["margin"] = _margins_of(block, hyperparameters["margin"], samples, count)
     masks = pair_masks(rows, columns, same_kind=False)
     return _mean(block, rows, columns, masks, hyperparameters)
+
+
+def _margins_of(
+    block: Callable[..., Values], margin: Any, samples: Points, classes: int
+) -> Float[Array, "n 1"]:
+    """The margins of samples as a column, from those of the classes."""
+    if block in _ROWS_ARE_PROXIES or jnp.shape(margin) != (classes,):
+        wanted = "a number" if block in _ROWS_ARE_PROXIES else f"a number, or {classes} of them"
+        raise UserError(f"margin must be {wanted}, found {jnp.shape(margin)}")
+    return row_margins(jnp.asarray(margin, samples.vectors.dtype), samples.labels)
 
 
 def _separation_loss(
@@ -172,6 +186,7 @@ circle = _public("circle", "21.817")
 supcon = _public("supcon", "0.630")
 nt_xent = _public("nt_xent", "0.754")
 smooth_ap = _public("smooth_ap", "0.126")
+recall_at_k = _public("recall_at_k", "0.190")
 proxy_anchor = _public("proxy_anchor", "27.657")
 proxy_nca_pp = _public("proxy_nca_pp", "0.080")
 normalized_softmax = _public("normalized_softmax", "0.073")
@@ -183,4 +198,3 @@ soft_triple_regularizer = _public("soft_triple_regularizer", "0.310", centers=2)
 nearest_proxy = _public("nearest_proxy", "0.557")
 soft_orthogonality = _public("soft_orthogonality", "0.431")
 hyperspherical_energy = _public("hyperspherical_energy", "1.457")
-recall_at_k = _public("recall_at_k", "0.190")

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mmljax.config import Objective, choose
 from mmljax.errors import UserError
-from mmljax.losses import registry
+from mmljax.losses.binding import Sizes, bind_combination, bind_objective
 from mmljax.losses.collectives import (
     Axis,
     class_proxies,
@@ -32,10 +32,13 @@ from mmljax.losses.collectives import (
     fetch_proxies,
     own_proxies,
     own_samples,
+    proxies_of,
     return_gradient,
+    sample_classes,
 )
 from mmljax.losses.combination import pcgrad_coefficients
 from mmljax.losses.ledger import Scalars, contributions
+from mmljax.losses.margins import margins_at
 from mmljax.losses.memory import append_memory, init_memory, write_memory
 from mmljax.losses.relations import (
     PROXIES,
@@ -48,7 +51,7 @@ from mmljax.losses.relations import (
     objective_sums,
 )
 from mmljax.numerics import inverse_lengths, promote, similarity_matrix
-from mmljax.types import BoundObjective, Combination, ObjectiveState, PairMasks, Points
+from mmljax.types import BoundObjective, ObjectiveState, PairMasks, Points
 
 ObjectiveParams = dict[str, Any]
 """``proxies [p d]``, of any length, and ``weights``, the parameters of the combination."""
@@ -70,6 +73,7 @@ class _Points(NamedTuple):
     with_memory: Points
     context: Context
     key: PRNGKeyArray  # of this step
+    step: Int[Array, ""]
 
 
 class MultiObjective:
@@ -105,6 +109,7 @@ class MultiObjective:
         memory_start: int = 0,
         row_block: int = 0,
         multiple_of: int = 1,
+        class_sizes: np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
         """Bind everything static.
@@ -125,6 +130,8 @@ class MultiObjective:
           row_block: rows of similarities held at once; 0 for all.
           multiple_of: classes and memory slots are padded to a multiple of it, so that they divide
             over that many devices.
+          class_sizes: ``[classes]`` training images of each class, for an objective with a
+            ``least_margin``.
           seed: of a combination that draws its weights.
 
         Raises:
@@ -138,8 +145,9 @@ class MultiObjective:
         self.row_block, self.multiple_of = row_block, multiple_of
         surgeries = {"none": False, "pcgrad": True}
         self.surgery = choose(surgeries, surgery, key="config.combination.surgery")
-        self.objectives = [self._bind(name, row) for name, row in rows.items()]
-        self.combination = _make_combination(rows, combination, combination_params or {}, seed=seed)
+        sizes = Sizes(classes, dimension, centers, memory_size, class_sizes)
+        self.objectives = [bind_objective(name, row, sizes) for name, row in rows.items()]
+        self.combination = bind_combination(rows, combination, combination_params or {}, seed=seed)
 
     def init(
         self, key: PRNGKeyArray, *, dtype: Any = jnp.float32
@@ -305,7 +313,7 @@ class MultiObjective:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows[SAMPLES].positions)
         nothing = jnp.zeros((0, 0), bool)
         context = Context(partners, keys, PairMasks(nothing, nothing), columns[SAMPLES].labels)
-        return _Points(rows, columns, with_memory, context, key)
+        return _Points(rows, columns, with_memory, context, key, state.step)
 
     def _contribution(self, k: int, points: _Points, proxies: Array, axis: Axis) -> _Contribution:
         """Value and gradient of one objective where the objectives meet."""
@@ -313,10 +321,12 @@ class MultiObjective:
         row_kind, column_kind = RELATIONS[objective.relation]
         rows, drawn = points.rows[row_kind], None
         if objective.sampled_proxies:
-            drawn, columns = self._sample_proxies(objective, k, points.key, proxies, axis)
+            drawn, columns = self._sampled_columns(k, points, proxies, axis)
         else:
             columns = points.with_memory if objective.memory else points.columns[column_kind]
         context = points.context
+        if objective.margin is not None:
+            context = context._replace(margin=margins_at(objective.margin, points.step))
         if objective.miner is not None and row_kind == PROXIES:
             context = _with_selection(objective, points.rows[SAMPLES], columns, context, axis)
 
@@ -346,94 +356,23 @@ class MultiObjective:
             {kind: _tangent(g, points.rows[kind].vectors) for kind, g in gradients.items()},
         )
 
-    def _sample_proxies(
-        self, objective: BoundObjective, k: int, key: PRNGKeyArray, proxies: Array, axis: Axis
+    def _sampled_columns(
+        self, k: int, points: _Points, proxies: Array, axis: Axis
     ) -> tuple[Array, Points]:
-        """Numbers of the proxies drawn for objective ``k`` at this step, and the proxies."""
-        drawn = draw_proxies(
-            jax.random.fold_in(key, k),
-            count=objective.sampled_proxies,
-            of=self.classes * self.centers,
-        )
-        vectors = axis.varying(fetch_proxies(proxies, drawn, axis))
-        return drawn, Points(
-            vectors, drawn // self.centers, drawn, jnp.full_like(drawn, True, bool)
-        )
-
-    def _bind(self, name: str, row: Objective) -> BoundObjective:
-        """An objective with its hyperparameters bound.
-
-        Raises:
-          UserError: naming the key of the config.
-        """
-        key = f"config.objectives.{name}"
-        relation, loss = choose(registry.LOSSES, row.loss, key=f"{key}.loss")
-        bound = registry.bind(
-            loss, row.params, key=f"{key}.params", supplied={"centers": self.centers}
-        )
-        miner = choose(registry.MINERS, row.mining, key=f"{key}.mining")
-        if miner is not None:
-            supplied = {"dimension": self.dimension}
-            miner = registry.bind(
-                miner, row.mining_params, key=f"{key}.mining_params", supplied=supplied
+        """Numbers of the proxies that objective ``k`` sees at this step, and the proxies."""
+        objective, key = self.objectives[k], jax.random.fold_in(points.key, k)
+        count, centers = objective.sampled_proxies, self.centers
+        if RELATIONS[objective.relation][0] == SAMPLES:
+            batch = points.columns[SAMPLES]
+            numbers, valid = sample_classes(
+                key, batch.labels, batch.valid, count=count // centers, of=self.classes
             )
-        elif row.mining_params:
-            raise UserError(
-                f"--{key}.mining_params={dict(row.mining_params)} has no rule: clear them by "
-                f"--{key}.mining_params='{{}}', or set --{key}.mining"
-            )
-        self._check_columns(row, relation, miner is not None, key)
-        return BoundObjective(name, relation, bound, miner, row.memory, row.sampled_proxies)
-
-    def _check_columns(self, row: Objective, relation: str, mined: bool, key: str) -> None:
-        if RELATIONS[relation][1] == PROXIES and (mined or row.memory):
-            raise UserError(
-                f"--{key} has proxies as columns, which are neither mined nor remembered: set "
-                f"{key}.mining='none' and {key}.memory=False"
-            )
-        if row.memory and not self.memory_size:
-            raise UserError(f"--{key}.memory=True needs --config.memory.size above 0, found 0")
-        if row.sampled_proxies and relation != "proxy_to_proxy":
-            raise UserError(
-                f"--{key}.sampled_proxies={row.sampled_proxies} is for losses between proxies, "
-                f"which {row.loss} is not: set it to 0"
-            )
-        if row.sampled_proxies > self.classes * self.centers:
-            raise UserError(
-                f"--{key}.sampled_proxies={row.sampled_proxies} is above the number of proxies, "
-                f"{self.classes * self.centers}: set it lower, or to 0 for all of them"
-            )
-
-
-def _make_combination(
-    rows: Mapping[str, Objective], name: str, params: Mapping[str, Any], *, seed: int
-) -> Combination:
-    """The combination, its weights and targets in the order of the objectives.
-
-    Raises:
-      UserError: on an unknown name or hyperparameter, or a weight that cannot be learned.
-    """
-    make = choose(registry.COMBINATIONS, name, key="config.combination.name")
-    for objective, row in rows.items():
-        if not row.weight > 0 and name not in ("fixed", "random"):
-            raise UserError(
-                f"--config.objectives.{objective}.weight must be above 0 where combination "
-                f"{name!r} learns it, found {row.weight:g}"
-            )
-    supplied = {
-        "weights": [row.weight for row in rows.values()],
-        "targets": [
-            _normalized([row.embedding_share for row in rows.values()]),
-            _normalized([row.proxy_share for row in rows.values()]),
-        ],
-        "seed": seed,
-    }
-    return registry.bind(make, params, key="config.combination.params", supplied=supplied)()
-
-
-def _normalized(shares: Sequence[float]) -> list[float]:
-    total = sum(shares)
-    return [share / total if total else 0.0 for share in shares]
+            numbers, valid = proxies_of(numbers, centers), jnp.repeat(valid, centers)
+        else:
+            numbers = draw_proxies(key, count=count, of=self.classes * centers)
+            valid = jnp.full_like(numbers, True, bool)
+        vectors = axis.varying(fetch_proxies(proxies, numbers, axis))
+        return numbers, Points(vectors, numbers // centers, numbers, valid)
 
 
 def _normalize(x: Array) -> tuple[Array, Array]:

@@ -22,8 +22,6 @@ True
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -102,7 +100,11 @@ def normalized_softmax_loss(
 
 
 def cosface_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, scale: float = 32.0, margin: float = 0.25
+    similarity: Float[Array, "n m"],
+    masks: PairMasks,
+    *,
+    scale: float = 32.0,
+    margin: float | Float[Array, "n 1"] = 0.25,
 ) -> Values:
     """CosFace: cross-entropy over ``scale * s``, with ``scale * (s - margin)`` for the own proxy.
 
@@ -115,14 +117,19 @@ def cosface_loss(
       masks: of the same shape.
       scale: inverse temperature. Default: Unicom's (arXiv 2304.05884, an ArcFace on In-Shop); the
         paper, on faces, has 64.
-      margin: in cosine. Default: Unicom's; the paper has 0.35.
+      margin: in cosine, one or one per row. Default: Unicom's; the paper has 0.35.
     """
     s = promote(similarity)
-    return _cross_entropy(scale * jnp.where(masks.positive, s - margin, s), masks)
+    own = s - jnp.asarray(margin, s.dtype)
+    return _cross_entropy(scale * jnp.where(masks.positive, own, s), masks)
 
 
 def arcface_loss(
-    similarity: Float[Array, "n m"], masks: PairMasks, *, scale: float = 32.0, margin: float = 0.25
+    similarity: Float[Array, "n m"],
+    masks: PairMasks,
+    *,
+    scale: float = 32.0,
+    margin: float | Float[Array, "n 1"] = 0.25,
 ) -> Values:
     """ArcFace: cross-entropy over ``scale * s``, ``scale * cos(angle + margin)`` for the own proxy.
 
@@ -140,14 +147,16 @@ def arcface_loss(
       masks: of the same shape.
       scale: inverse temperature. Default: Unicom's on In-Shop (arXiv 2304.05884); the paper, on
         faces, has 64.
-      margin: angle in radians. Default: Unicom's on In-Shop; the paper has 0.5.
+      margin: angle in radians, one or one per row. Default: Unicom's on In-Shop; the paper has
+        0.5.
     """
     s = promote(similarity)
     sine = jnp.sqrt(jnp.maximum(1 - s * s, jnp.finfo(s.dtype).eps))
+    angle = jnp.asarray(margin, s.dtype)
     shifted = jnp.where(
-        s > -math.cos(margin),
-        s * math.cos(margin) - sine * math.sin(margin),
-        s - margin * math.sin(margin),
+        s > -jnp.cos(angle),
+        s * jnp.cos(angle) - sine * jnp.sin(angle),
+        s - angle * jnp.sin(angle),
     )
     return _cross_entropy(scale * jnp.where(masks.positive, shifted, s), masks)
 
@@ -157,7 +166,7 @@ def subcenter_arcface_loss(
     masks: PairMasks,
     *,
     scale: float = 32.0,
-    margin: float = 0.25,
+    margin: float | Float[Array, "n 1"] = 0.25,
     centers: int,
 ) -> Values:
     """Sub-center ArcFace: ArcFace on the nearest of each class's several proxies.
@@ -165,7 +174,8 @@ def subcenter_arcface_loss(
     Relation: sample to proxy; proxies come in contiguous groups of ``centers``, one group per
     class. Mean over the samples whose class has a proxy.
 
-    Use: classes with several modes (a garment worn and laid flat), noisy labels.
+    Use: classes with several modes (a garment worn and laid flat), noisy labels; with a margin per
+    class, :func:`mmljax.losses.margins.dynamic_margins`, classes of very different sizes.
 
     Source: Deng et al. 2020 (ECCV, sub-center ArcFace).
 
@@ -174,7 +184,8 @@ def subcenter_arcface_loss(
       masks: of the same shape.
       scale: inverse temperature. Default: Unicom's on In-Shop (arXiv 2304.05884); the paper, on
         faces, has 64.
-      margin: angle in radians. Default: Unicom's on In-Shop; the paper has 0.5.
+      margin: angle in radians, one or one per row. Default: Unicom's on In-Shop; the paper has
+        0.5.
       centers: proxies per class.
 
     Raises:
@@ -192,7 +203,7 @@ def soft_triple_loss(
     *,
     scale: float = 20.0,
     gamma: float = 0.1,
-    margin: float = 0.01,
+    margin: float | Float[Array, "n 1"] = 0.01,
     centers: int,
 ) -> Values:
     """SoftTriple: CosFace on ``S = sum_k softmax_k(s_k / gamma) s_k`` over each class's proxies.
@@ -209,7 +220,7 @@ def soft_triple_loss(
       masks: of the same shape.
       scale: inverse temperature, the paper's lambda; default of the paper.
       gamma: temperature among the centers of a class; default of the paper.
-      margin: in cosine, the paper's delta; default of the paper.
+      margin: in cosine, the paper's delta, one or one per row; default of the paper.
       centers: proxies per class, the paper's K.
 
     Raises:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mmljax.losses.blocks import distances_for
+from mmljax.losses.margins import row_margins
 from mmljax.losses.mining import pair_masks, proxy_masks
 from mmljax.numerics import masked_sum, similarity_matrix
 from mmljax.types import BoundObjective, PairMasks, Points, Values, Views
@@ -29,12 +30,13 @@ RELATIONS = {  # relation: (rows, columns)
 
 
 class Context(NamedTuple):
-    """What mining needs besides rows and columns: constants without a gradient."""
+    """What an objective needs besides rows and columns: constants without a gradient."""
 
     partners: Float[Array, "n d"]  # of an anchor: its class's nearest proxy
     keys: PRNGKeyArray  # [n]: one per row
     kept: PairMasks  # [B m]: the anchors' selection, for mined proxy objectives
     anchor_labels: Array  # [B]
+    margin: Float[Array, "*classes"] | None = None  # in place of the one bound to the loss
 
 
 class Kept(NamedTuple):
@@ -88,7 +90,7 @@ def objective_sums(
       objective: what to compute.
       rows: ``n`` points.
       columns: ``m`` points.
-      context: for mining.
+      context: for mining, and the margin.
       row_block: rows of similarities held at once, recomputed on the way back; 0 for all.
 
     Returns:
@@ -100,7 +102,10 @@ def objective_sums(
         similarity = similarity_matrix(rows.vectors, columns.vectors)
         masks, mined = mined_masks(objective, similarity, rows, columns, context)
         distances = distances_for(objective.loss, rows.vectors, columns.vectors)
-        value, valid = objective.loss(similarity, mined, *distances)
+        margin = {}
+        if context.margin is not None:
+            margin = {"margin": row_margins(context.margin, rows.labels)}
+        value, valid = objective.loss(similarity, mined, *distances, **margin)
         sums, counts = masked_sum(Values(value, valid & rows.valid))
         kept = Kept(*(_count(m) for m in (*mined, *masks)))
         return sums.reshape(-1), (counts.reshape(-1), kept)

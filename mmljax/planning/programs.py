@@ -75,6 +75,7 @@ def abstract_run(config: Config, counts: Counts, mesh: Mesh) -> RunShapes:
                 classes=counts.classes,
                 channels=counts.channels,
                 train_examples=counts.images,
+                class_sizes=np.ones(counts.classes, np.int64),  # the program is that of any sizes
                 mesh=mesh,
                 pretrained=False,
             )

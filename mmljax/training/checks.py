@@ -187,6 +187,7 @@ def check_config(config: Config, dataset: Dataset) -> tuple[Finding, Trainer | N
             channels=load.image_channels(dataset),
             features=load.feature_size(dataset),
             train_examples=len(dataset.train.labels),
+            class_sizes=dataset.class_sizes,
             mesh=make_mesh(),
         )
     except UserError as error:

@@ -104,6 +104,7 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         channels=load.image_channels(dataset),
         features=load.feature_size(dataset),
         train_examples=len(dataset.train.labels),
+        class_sizes=dataset.class_sizes,
         mesh=mesh,
         pretrained=not checkpoints.is_in(files.checkpoints),  # else a checkpoint has them
     )

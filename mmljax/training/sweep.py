@@ -213,6 +213,7 @@ def _make_trainer(config: Config, dataset: Dataset, mesh: Mesh) -> Trainer:
         channels=load.image_channels(dataset),
         features=load.feature_size(dataset),
         train_examples=len(dataset.train.labels),
+        class_sizes=dataset.class_sizes,
         mesh=mesh,
     )
 
@@ -257,7 +258,8 @@ def _vectorised_step(
             objective=make_objective(
                 dataclasses.replace(config, seed=varied["seed"]),
                 classes=dataset.classes,
-                memory_start=trainer.objective.memory_start,
+                size=size,
+                class_sizes=dataset.class_sizes,
                 devices=mesh.size,
             ),
             optimizer=optim.make_optimizer(optimizer, schedules),

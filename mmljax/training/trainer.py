@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -35,15 +37,37 @@ class Trainer(NamedTuple):
 
 
 def make_objective(
-    config: Config, *, classes: int, memory_start: int = 0, devices: int = 1
+    config: Config,
+    *,
+    classes: int,
+    size: RunSize,
+    class_sizes: np.ndarray | None = None,
+    devices: int = 1,
 ) -> MultiObjective:
     """The objectives of a config; classes and memory slots are padded for that many devices.
+
+    Args:
+      config: the run.
+      classes: of the training split.
+      size: what the durations of the objectives are measured in.
+      class_sizes: training images of each class, for a margin that depends on them.
+      devices: over which proxies and memory are split.
 
     Raises:
       UserError: on an unknown loss, rule or hyperparameter, or a combination that cannot be.
     """
+    rows = {}
+    for name, row in config.objectives.items():
+        key = f"config.objectives.{name}.margin_rise"
+        rise = steps(row.margin_rise, size, key=key)
+        if rise > (size.total_steps or rise):
+            raise UserError(
+                f"--{key}={row.margin_rise!r} is {rise} steps, beyond the run's "
+                f"{size.total_steps}; shorten it, or lengthen --config.duration"
+            )
+        rows[name] = dataclasses.replace(row, margin_rise=f"{rise} steps")
     return MultiObjective(
-        config.objectives,
+        rows,
         classes=classes,
         dimension=config.model.embedding_size,
         centers=config.centers,
@@ -51,9 +75,10 @@ def make_objective(
         combination_params=config.combination.params,
         surgery=config.combination.surgery,
         memory_size=config.memory.size,
-        memory_start=memory_start,
+        memory_start=steps(config.memory.start, size, key="config.memory.start"),
         row_block=config.row_block,
         multiple_of=devices,
+        class_sizes=class_sizes,
         seed=config.seed,
     )
 
@@ -65,6 +90,7 @@ def make_trainer(
     channels: int,
     train_examples: int,
     mesh: Mesh,
+    class_sizes: np.ndarray | None = None,
     pretrained: bool = True,
     features: int = 0,
 ) -> Trainer:
@@ -76,6 +102,7 @@ def make_trainer(
       channels: of the images.
       train_examples: images of the training split, the length of an epoch.
       mesh: over which batch and proxies are split.
+      class_sizes: training images of each class, for a margin that depends on them.
       pretrained: whether to load the weights that the config names, if any.
       features: channels of the features that take the place of images; 0 for images.
 
@@ -85,9 +112,8 @@ def make_trainer(
     size = _run_size(config, train_examples)
     in_steps = partial(steps, size=size)
     choose(dict.fromkeys(PROXY_INITS), config.proxies_init, key="config.proxies_init")
-    memory_start = in_steps(config.memory.start, key="config.memory.start")
     objective = make_objective(
-        config, classes=classes, memory_start=memory_start, devices=mesh.size
+        config, classes=classes, size=size, class_sizes=class_sizes, devices=mesh.size
     )
     schedules = optim.make_schedules(config.optimizer, size)
     graphdef, network, statistics = make_model(

@@ -271,7 +271,7 @@ def test_memory_is_a_ring_for_any_size(size: int, count: int, devices: int) -> N
         ({"mining": "none"}, {}, r"mining_params.*has no rule.*'{}'"),
         ({"mining_params": {"blend": 0.5}}, {}, r"mining_params.blend is unknown: either takes m"),
         ({"memory": True}, {}, r"pair.memory=True needs --config.memory.size"),
-        ({"sampled_proxies": 2}, {}, r"sampled_proxies=2 is for losses between proxies"),
+        ({"sampled_proxies": 2}, {}, r"sampled_proxies=2 is for losses with prox"),
         ({"weight": 0.0}, {}, r"pair.weight must be above 0"),
         ({"loss": "nearest_proxy"}, {}, r"pair has proxies as columns"),
         ({}, {"combination": "shares"}, r"combination.name='shares' is unknown.*'share'"),

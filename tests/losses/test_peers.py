@@ -19,6 +19,7 @@ import pytest
 
 from mmljax import losses
 from mmljax.losses import registry
+from mmljax.losses.margins import dynamic_margins
 from mmljax.numerics import l2_normalize, similarity_matrix
 from mmljax.types import PairMasks
 from objective_blocks import quick_jit
@@ -364,6 +365,24 @@ def test_subcenter_arcface(peer):
         weights="W",
         centers=3,
     )
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # np.sin of a tensor
+@pytest.mark.parametrize("name", ["cosface", "arcface", "subcenter_arcface"])
+def test_a_margin_per_class(peer, name):
+    """The peer's margin is one number; the margins of the rows take its place there."""
+    margins = dynamic_margins([4, 3, 60, 1, 500], least=0.05, most=0.6)
+    kind = {"num_classes": CLASSES, "embedding_size": DIMENSIONS, "scale": 16}
+    centers = 3 if name == "subcenter_arcface" else 1
+    torch_loss = {
+        "cosface": peer.losses.CosFaceLoss,
+        "arcface": peer.losses.ArcFaceLoss,
+        "subcenter_arcface": partial(peer.losses.SubCenterArcFaceLoss, sub_centers=3),
+    }[name](**kind)
+    torch_loss.margin = peer.torch.tensor(margins[LABELS])
+    hyper = {"scale": 16.0, "margin": margins} | ({"centers": 3} if centers > 1 else {})
+    loss = partial(getattr(losses, name), **hyper)
+    check_proxies(peer, loss, torch_loss, weights="W", centers=centers)
 
 
 def test_soft_triple(peer):

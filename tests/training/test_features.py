@@ -308,10 +308,22 @@ def make_runs(
     return runs
 
 
-@pytest.mark.parametrize("rule", ["none", "either"])
-def test_sweep_equals_the_runs_alone(folder: Path, tmp_path: Path, rule: str) -> None:
-    composition = {"data__composition__rule": rule, "data__composition__every": "3 steps"}
-    runs = make_runs(folder, tmp_path / "sweep", rates=(1e-3, 3e-3), seeds=2, **composition)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data__composition__rule": "either", "data__composition__every": "3 steps"},
+        {
+            "objectives__proxy__loss": "arcface",
+            "objectives__proxy__sampled_proxies": 3,
+            "objectives__proxy__margin_rise": "50%",
+            "objectives__proxy__least_margin": 0.1,
+        },
+    ],
+    ids=["plain", "composition", "softmax"],
+)
+def test_sweep_equals_the_runs_alone(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    runs = make_runs(folder, tmp_path / "sweep", rates=(1e-3, 3e-3), seeds=2, **changes)
     found = sweep(runs, tmp_path / "sweep")
     assert [row["seed"] for row in found] == [0, 1, 0, 1]
     for run in (runs[1], runs[2]):

@@ -21,7 +21,9 @@ from mmljax.mesh import make_mesh
 from mmljax.models.backbones import BACKBONES
 from mmljax.runs.writer import read_metrics
 from mmljax.training import loop as train
+from mmljax.training.checks import check_config
 from mmljax.training.trainer import make_trainer
+from mmljax.types import Split
 
 pytestmark = pytest.mark.filterwarnings(
     # orbax reads checkpoints without shardings in small_runs.final_state, on purpose
@@ -86,6 +88,13 @@ FINE_TUNING: dict[str, Any] = {
             "data__composition__share": 0.6,
             "data__composition__every": "4 steps",
         },
+        {
+            "centers": 2,
+            "objectives__proxy__loss": "subcenter_arcface",
+            "objectives__proxy__sampled_proxies": 6,
+            "objectives__proxy__margin_rise": "75%",
+            "objectives__proxy__least_margin": 0.1,
+        },
         pytest.param(
             {
                 "optimizer__ema_decay": 0.9,
@@ -106,7 +115,7 @@ FINE_TUNING: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["memory", "composition", "average", "augmentation", "efficientnet"],
+    ids=["memory", "composition", "softmax", "average", "augmentation", "efficientnet"],
 )
 def test_interrupted_equals_uninterrupted(
     changes: dict[str, Any],
@@ -146,6 +155,22 @@ def test_interrupted_equals_uninterrupted(
     assert any(name.startswith("average.") for name in whole) == (config.optimizer.ema_decay > 0)
     composed = config.data.composition.rule != "none"
     assert ("neighbors.images" in whole) == ("neighbors.classes" in whole) == composed
+
+
+def test_margins_follow_the_sizes_of_the_training_classes(tmp_path: Path) -> None:
+    proxy = {"loss": "cosface", "least_margin": 0.05, "margin_rise": "50%"}
+    changes: Any = {f"objectives__proxy__{key}": value for key, value in proxy.items()}
+    config = make_config(tmp_path, **changes)
+    dataset = load.load_dataset(config)
+    kept = np.delete(np.arange(72), np.flatnonzero(dataset.train.labels == 7)[:5])
+    dataset = dataset._replace(train=Split(*(field[kept] for field in dataset.train)))
+    _, trainer = check_config(config, dataset)
+    assert trainer is not None
+    (bound,) = (o for o in trainer.objective.objectives if o.name == "proxy")
+    assert bound.margin is not None
+    assert bound.margin.rise == 10
+    expected = np.where(np.arange(12) == 7, 0.25, 0.05)  # one image, and six
+    np.testing.assert_allclose(bound.margin.value, expected)
 
 
 def test_evaluation_uses_the_average(tmp_path: Path) -> None:
@@ -217,6 +242,10 @@ def test_recall_need_not_be_at_1(tmp_path: Path) -> None:
         ({"evaluation__recall_at": (1, 1000)}, "asks for Recall@1000, but a query has only"),
         ({"data__resize_size": 11}, "--config.data.resize_size=11 is below"),
         ({"optimizer__warmup": "30 steps"}, "is 30 steps, beyond the run's 20"),
+        (
+            {"objectives__proxy__loss": "cosface", "objectives__proxy__margin_rise": "30 steps"},
+            "proxy.margin_rise='30 steps' is 30 steps, beyond the run's 20",
+        ),
         ({"data__batch_size": 18, "data__images_per_class": 4}, "batch_size=18 is no"),
     ],
 )

@@ -13,7 +13,9 @@ import pytest
 from flax import nnx
 
 import tiny
+from mmljax.config import Objective
 from mmljax.losses import pair, registry
+from mmljax.planning.hlo_text import collectives
 from mmljax.training.step import move_average
 
 
@@ -143,6 +145,62 @@ def weighted(weights: Any) -> dict[str, Any]:
         name: dataclasses.replace(row, weight=weight)
         for (name, row), weight in zip(rows.items(), weights, strict=True)
     }
+
+
+def softmax(count: int, **row: Any) -> dict[str, Any]:
+    """Pair and sub-center ArcFace on sampled classes, with margins by class size that rise."""
+    margin = {"margin_rise": "4 steps", "margin_schedule": "cosine", "least_margin": 0.1, **row}
+    hyper = {"scale": 8.0, "margin": 0.5}
+    proxy = Objective("subcenter_arcface", hyper, weight=0.1, sampled_proxies=2 * count, **margin)
+    return {"pair": tiny.objectives()["pair"], "softmax": proxy}
+
+
+SOFTMAX = {
+    "centers": 2,
+    "class_sizes": np.array([1, 9, 9, 30, 2, 50, 4, 7, 7, 300]),
+    "combination": "fixed",
+}
+
+
+@pytest.mark.parametrize("row_block", [0, 3])
+@pytest.mark.parametrize("count", [0, 3, tiny.CLASSES])
+def test_softmax_on_sampled_classes_is_the_same_on_eight_devices(
+    count: int, row_block: int
+) -> None:
+    """Sub-centres, margins that differ and rise, three steps; all classes drawn is all classes."""
+    with jax.enable_x64(True):
+        finals, losses = [], []
+        for devices, drawn in ((1, count % tiny.CLASSES), (8, count)):
+            step, state, place, _ = tiny.make(
+                devices,
+                dtype=jnp.float64,
+                rows=softmax(drawn),
+                optimizer=optax.sgd(0.1),
+                row_block=row_block,
+                **SOFTMAX,
+            )
+            for index in range(3):
+                state, scalars = step(state, place(tiny.batch(index)))
+                losses.append(float(scalars["loss/softmax"]))
+            finals.append({**state.params, "proxies": state.params["proxies"][:20]})
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-9)
+    for a, b in zip(jax.tree.leaves(finals[0]), jax.tree.leaves(finals[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_softmax_on_sampled_classes_gathers_no_proxies() -> None:
+    """Collectives of a step on eight devices have no part that grows with the classes."""
+    found = []
+    for sizes in (SOFTMAX["class_sizes"], np.arange(1, 801)):
+        rows = {"softmax": softmax(3)["softmax"]}
+        options = {**SOFTMAX, "class_sizes": sizes, "classes": len(sizes)}
+        step, state, place, _ = tiny.make(8, rows=rows, **options)
+        program = step.lower(state, place(tiny.batch(0))).compile()
+        found.append({name: one.bytes for name, one in collectives(program.as_text()).items()})
+    assert found[0] == found[1]
+    assert found[0].keys() == {"all-gather", "all-reduce"}
+    assert found[0]["all-gather"] == 32 * 5  # labels and validity
+    assert found[0]["all-reduce"] > 2 * 2 * (32 + 3) * 4 * tiny.SIZE  # proxies, and back
 
 
 def sampled(count: int) -> dict[str, Any]:
