@@ -117,7 +117,8 @@ def cosface_loss(
       masks: of the same shape.
       scale: inverse temperature. Default: Unicom's (arXiv 2304.05884, an ArcFace on In-Shop); the
         paper, on faces, has 64.
-      margin: in cosine, one or one per row. Default: Unicom's; the paper has 0.35.
+      margin: in cosine; a number, or one per row (per class in ``mmljax.losses``). Default:
+        Unicom's; the paper has 0.35.
     """
     s = promote(similarity)
     own = s - jnp.asarray(margin, s.dtype)
@@ -147,8 +148,8 @@ def arcface_loss(
       masks: of the same shape.
       scale: inverse temperature. Default: Unicom's on In-Shop (arXiv 2304.05884); the paper, on
         faces, has 64.
-      margin: angle in radians, one or one per row. Default: Unicom's on In-Shop; the paper has
-        0.5.
+      margin: angle in radians; a number, or one per row (per class in ``mmljax.losses``).
+        Default: Unicom's on In-Shop; the paper has 0.5.
     """
     s = promote(similarity)
     sine = jnp.sqrt(jnp.maximum(1 - s * s, jnp.finfo(s.dtype).eps))
@@ -184,8 +185,8 @@ def subcenter_arcface_loss(
       masks: of the same shape.
       scale: inverse temperature. Default: Unicom's on In-Shop (arXiv 2304.05884); the paper, on
         faces, has 64.
-      margin: angle in radians, one or one per row. Default: Unicom's on In-Shop; the paper has
-        0.5.
+      margin: angle in radians; a number, or one per row (per class in ``mmljax.losses``).
+        Default: Unicom's on In-Shop; the paper has 0.5.
       centers: proxies per class.
 
     Raises:
@@ -220,7 +221,8 @@ def soft_triple_loss(
       masks: of the same shape.
       scale: inverse temperature, the paper's lambda; default of the paper.
       gamma: temperature among the centers of a class; default of the paper.
-      margin: in cosine, the paper's delta, one or one per row; default of the paper.
+      margin: in cosine, the paper's delta; a number, or one per row (per class in
+        ``mmljax.losses``); default of the paper.
       centers: proxies per class, the paper's K.
 
     Raises:

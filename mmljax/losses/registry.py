@@ -96,10 +96,9 @@ def bind(
                 else f"--{key}.{name} is unknown: {what} takes no hyperparameters; "
                 f"clear them by --{key}='{{}}'"
             )
-        wanted = str(known[name].annotation)
-        if isinstance(value, str) != wanted.startswith(("str", "Literal")) or isinstance(
-            value, tuple
-        ) != wanted.startswith("tuple"):
+        wanted = str(known[name].annotation).partition(" | ")[0]  # a config has no arrays
+        kinds = (str, ("str", "Literal")), (tuple, "tuple")
+        if any(isinstance(value, kind) != wanted.startswith(names) for kind, names in kinds):
             raise UserError(f"--{key}.{name} must be of type {wanted}, found {value!r}")
     missing = [n for n in open_names if known[n].default is inspect.Parameter.empty]
     if missing := [n for n in missing if n not in given]:

@@ -176,6 +176,7 @@ def test_a_margin_that_has_risen_is_the_bound_one() -> None:
         ("arcface", {"margin_schedule": "linaer"}, {}, r"margin_schedule='linaer' is.*'linear'"),
         ("arcface", {"margin_rise": "1 epochs"}, {}, r"margin_rise='1 epochs' must be in steps"),
         ("arcface", {"margin_rise": "steps"}, {}, r"margin_rise='steps' is no duration"),
+        ("arcface", {"params": {"margin": "x"}}, {}, r"margin must be of type float, found 'x'"),
         ("proxy_anchor", {"margin_rise": "9 steps"}, {}, r"softmax losses with a margin, which p"),
         ("normalized_softmax", {"least_margin": 0.1}, {}, r"which normalized_softmax is not"),
         ("arcface", {"least_margin": 0.3}, {}, r"least_margin=0.3 is above .* class, 0.25: lower"),
