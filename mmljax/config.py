@@ -95,6 +95,16 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of a vision transformer, trained in place of its backbone."""
+
+    rank: Natural = 0  # of each adapter; 0: no adapters, the whole backbone trains
+    alpha: Positive = 16.0  # adapters are multiplied by alpha / rank
+    targets: tuple[str, ...] = ("attention", "mlp")  # layers of a block: attention, mlp
+    blocks: Natural = 0  # how many of the last blocks have adapters; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Backbone and embedding head."""
 
@@ -115,6 +125,7 @@ class ModelConfig:
     batch_norm: str = "global"  # global (over the whole batch) or frozen (running statistics)
     compute_dtype: str = "bfloat16"  # of the backbone: float32 or bfloat16
     remat: str = "none"  # activations computed twice to save memory: none, of blocks, or in full
+    lora: LoraConfig = LoraConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -187,3 +187,21 @@ def assert_same_run(a: Path, b: Path) -> dict[str, np.ndarray]:
         np.testing.assert_array_equal(value, parts[name], err_msg=name)
     assert results(a)["scores"] == results(b)["scores"]
     return whole
+
+
+TINY_VIT = "vit_tiny"
+
+
+def add_tiny_vit(monkeypatch: Any) -> dict[str, Any]:
+    """Add a ViT of three blocks to the backbones of this test; returns the changes that use it."""
+    import dataclasses
+    from functools import partial
+
+    from mmljax.models import architectures, backbones
+
+    vit = architectures.ARCHITECTURES["vit_s16"]
+    kind = dataclasses.replace(
+        vit, depth=3, heads=2, head_dim=8, mlp_dim=24, patch_size=4, grid_size=3
+    )
+    monkeypatch.setitem(backbones.BACKBONES, TINY_VIT, partial(architectures._build, kind))
+    return {"model__backbone": TINY_VIT, "model__width": 64, "model__pooling": "token"}

@@ -2,11 +2,13 @@
 
 Only the network's weights and BatchNorm statistics are read, or their moving average where the run
 has one, not the proxies and the optimiser's state, which are larger. The data set is not needed. A
-head that was trained on features is joined with the backbone that made them.
+head that was trained on features is joined with the backbone that made them. Adapters are merged
+into the layers that they adapt, so the network is one without adapters.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +20,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from mmljax.config import Config, ModelConfig, fingerprint
+from mmljax.config import Config, LoraConfig, ModelConfig, fingerprint
 from mmljax.data.load import FEATURES
 from mmljax.data.readers.features import read_identity
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh, replicated
 from mmljax.models.embedder import make_embedder
+from mmljax.models.lora import merge_adapters
 from mmljax.retrieval.evaluate import make_embed
 from mmljax.runs.reader import CONFIG, read_config
 from mmljax.runs.remote import checkpoints_of, fetched
@@ -42,7 +45,7 @@ class Weights(NamedTuple):
 class TrainedEmbedder(NamedTuple):
     """A network in evaluation mode, on all devices."""
 
-    config: Config  # of its run
+    config: Config  # of its run, without adapters
     identity: dict[str, Any]  # the run's name, and what comparable embeddings share
     channels: int  # of the images
     graphdef: nnx.GraphDef
@@ -58,7 +61,8 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     ``embed`` takes crops of ``config.data.image_size`` pixels a side, uint8, made as evaluation
     makes them: the short side resized to ``config.data.resize_size``, then cropped at the centre.
     ``identity`` has ``config`` (its fingerprint), ``step``, ``weights`` (sixteen hexadecimal
-    digits of their bytes) and the sizes.
+    digits of their bytes in the checkpoint) and the sizes. Merged adapters change embeddings by
+    rounding only.
 
     >>> trained = load_embedder(run)  # the --workdir of a run
     >>> size = trained.config.data.image_size
@@ -86,7 +90,6 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
         channels = _channels(config.model, shapes, run=run, averaged=averaged)
         graphdef, target = _abstract(config.model, channels)
         weights = _restored(checkpoint, target, mesh, averaged=averaged)
-    network, model_state = weights
     data, size = config.data, config.model.embedding_size
     identity = {
         "run": run.resolve().name,
@@ -97,6 +100,12 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
         "resize_size": data.resize_size,
         "embedding_size": size,
     }
+    network, model_state = weights
+    if config.model.lora.rank:
+        network = merge_adapters(network, config.model.lora)
+        model = dataclasses.replace(config.model, lora=LoraConfig())
+        config = dataclasses.replace(config, model=model)
+        graphdef, _ = _abstract(model, channels)
     embed_with = make_embed(graphdef)
     crop = (data.image_size, data.image_size, channels)
 

@@ -37,6 +37,7 @@ from mmljax.inference.embed import progress_bar, rows_of
 from mmljax.inference.embedder import weights_digest
 from mmljax.mesh import make_mesh, replicated
 from mmljax.models.embedder import Embedder
+from mmljax.models.lora import refuse_on_features
 from mmljax.text import differences, one_line
 from mmljax.training.state import make_model
 from mmljax.types import Dataset, Split
@@ -70,11 +71,12 @@ def write_features(
 
     Raises:
       UserError: if the folder has other features, is being written by another process or cannot be
-        written, or an image, or the weights, cannot be used.
+        written, or an image, or the weights, cannot be used, or the backbone would have adapters.
     """
     choose(DTYPES, dtype, key="dtype")
     if config.data.source == load.FEATURES:
         raise UserError("--config.data.source=features: these are features; name images")
+    refuse_on_features(config.model.lora)
     dataset = _whole_images(load.load_dataset(config), config, skip=skip_corrupt)
     model = _model(config, channels=load.image_channels(dataset))
     splits = {name: split for name, split in dataset._asdict().items() if isinstance(split, Split)}

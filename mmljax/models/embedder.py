@@ -15,6 +15,7 @@ from mmljax.errors import UserError
 from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.backbones import Backbone, make_backbone
 from mmljax.models.head import Head
+from mmljax.models.lora import add_adapters
 from mmljax.models.pooling import POOLINGS
 from mmljax.models.remat import REMATS, rematerialized
 from mmljax.models.weight_files import PACKAGED_WEIGHTS
@@ -141,8 +142,8 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
 
     Raises:
       UserError: on an unknown backbone, pooling, layer norm, batch norm, pixel norm, compute dtype
-        or remat, a pooling that does not fit the backbone, or a pixel norm that does not fit the
-        weights.
+        or remat, a pooling or adapters that do not fit the backbone, or a pixel norm that does not
+        fit the weights.
     """
     dtype = choose(COMPUTE_DTYPES, config.compute_dtype, key="config.model.compute_dtype")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
@@ -185,6 +186,8 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         dtype=dtype,
         remat=whole,
     )
+    # The last to draw from rngs, so that all other parameters are those without adapters.
+    add_adapters(backbone, config.lora, name=config.backbone, rngs=rngs)
     kind = at_least_float32(dtype)
     nnx.update(model, jax.tree.map(lambda x: x.astype(kind), nnx.state(model)))
     return model

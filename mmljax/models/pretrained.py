@@ -22,7 +22,7 @@ def load_pretrained(backbone: Backbone, source: str) -> None:
     """Replace a backbone's weights by those of a file, BatchNorm's statistics included.
 
     Args:
-      backbone: whose parameters are replaced, in their own dtype.
+      backbone: whose parameters, other than adapters, are replaced, in their own dtype.
       source: a file, a package or a commit on the Hugging Face hub; see ``weight_files.locate``.
 
     Raises:
@@ -30,7 +30,7 @@ def load_pretrained(backbone: Backbone, source: str) -> None:
         arrays of this backbone.
     """
     weights = read_weights(locate(source))
-    flat = nnx.to_flat_state(nnx.state(backbone))
+    flat = nnx.to_flat_state(nnx.state(backbone, nnx.Not(nnx.LoRAParam)))
     leaves = {".".join(map(str, path)): variable for path, variable in flat}
     shapes = {name: variable.shape for name, variable in leaves.items()}
     for name, value in convert(weights, shapes, source=source).items():

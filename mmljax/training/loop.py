@@ -134,7 +134,7 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
             room = check_disk(workdir, state, kept=config.checkpoint)
             if room.failed:
                 raise UserError(f"disk: {room.text}")
-        _describe(config, dataset, state, total=total, first=first)
+        _describe(config, dataset, trainer, state, first=first)
         if first == 0:
             state = init_proxies(state, config, dataset, trainer, mesh)
         reporter = writer.Reporter(
@@ -250,7 +250,7 @@ def _restore(saved: checkpoints.Checkpoints, trainer: Trainer) -> tuple[TrainSta
 
 
 def _describe(
-    config: Config, dataset: Dataset, state: TrainState, *, total: int, first: int
+    config: Config, dataset: Dataset, trainer: Trainer, state: TrainState, *, first: int
 ) -> None:
     small = count_small_classes(dataset.train.labels, size=config.data.images_per_class)
     gallery = "none (self-retrieval)" if dataset.gallery is None else len(dataset.gallery.labels)
@@ -268,14 +268,15 @@ def _describe(
         small,
         config.data.images_per_class,
     )
-    _log.info("optimiser groups:\n%s", optim.describe_groups(state.params, config.optimizer))
+    groups = optim.describe_groups(state.params, config.optimizer, trains=trainer.trains)
+    _log.info("optimiser groups:\n%s", groups)
     _log.info(describe_state(state))
     name, rows = config.combination.name, config.objectives.values()
     if name != "share" and any(row.embedding_share or row.proxy_share for row in rows):
         _log.info("combination %r does not use embedding_share and proxy_share", name)
     if name == "random":
         _log.info("combination 'random' does not use the objectives' weights")
-    _log.info("steps %d to %d of %s", first, total, config.duration)
+    _log.info("steps %d to %d of %s", first, trainer.total_steps, config.duration)
 
 
 def _report(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mmljax.config import GroupConfig, OptimizerConfig, RunSize, choose, steps
+from mmljax.training.freezing import Trains, all_train, split_network
 
 GROUPS = ("backbone", "head", "proxies", "weights")
 
@@ -78,7 +79,7 @@ def make_optimizer(
     Layer-wise decay multiplies the whole update of the backbone's layer ``i`` of ``0 .. n`` by
     ``layer_decay ** (n - i)``, weight decay included (Clark et al. 2020, arXiv 2003.10555; Bao et
     al. 2022, arXiv 2106.08254). As in the latter, the stem is layer 0, and what follows the blocks
-    is layer n. The head has a rate of its own.
+    is layer n. An adapter is of its block's layer. The head has a rate of its own.
 
     Args:
       config: of the optimiser.
@@ -132,8 +133,15 @@ def _is_matrix(params: Any) -> Any:
     return jax.tree.map(lambda x: getattr(x, "ndim", 0) > 1, params)
 
 
-def describe_groups(params: Mapping[str, Any], config: OptimizerConfig) -> str:
-    """A table of the groups: arrays, parameters, learning rate, weight decay."""
+def describe_groups(
+    params: Mapping[str, Any], config: OptimizerConfig, *, trains: Trains = all_train
+) -> str:
+    """A table of the groups: arrays, parameters, learning rate, weight decay.
+
+    Below them, in a row of their own, the network's parameters that are not trained, if any.
+    """
+    trained, frozen = split_network(params["network"], trains)
+    params = {**params, "network": trained}
     labels = jax.tree.leaves(label_groups(params))
     leaves = jax.tree.leaves(params)
     lines = [f"{'group':<10}{'arrays':>8}{'parameters':>14}{'rate':>10}{'decay':>10}"]
@@ -141,11 +149,16 @@ def describe_groups(params: Mapping[str, Any], config: OptimizerConfig) -> str:
         own = [x for x, label in zip(leaves, labels, strict=True) if label == group]
         settings: GroupConfig = getattr(config, group)
         lines.append(
-            f"{group:<10}{len(own):>8}{sum(x.size for x in own):>14,}"
-            f"{settings.learning_rate:>10.2g}{settings.weight_decay:>10.2g}"
+            f"{_counts(group, own)}{settings.learning_rate:>10.2g}{settings.weight_decay:>10.2g}"
         )
+    if constants := jax.tree.leaves(frozen):
+        lines.append(_counts("frozen", constants))
     if config.layer_decay < 1:
         lines.append(
             f"each layer of the backbone has {config.layer_decay:g} of the next one's rate"
         )
     return "\n".join(lines)
+
+
+def _counts(name: str, arrays: Sequence[Any]) -> str:
+    return f"{name:<10}{len(arrays):>8}{sum(x.size for x in arrays):>14,}"

@@ -18,7 +18,9 @@ from mmljax.config import ModelConfig, choose
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS, spread
 from mmljax.models.embedder import Embedder, FeatureEmbedder, make_embedder
+from mmljax.models.lora import refuse_on_features
 from mmljax.models.pretrained import load_pretrained
+from mmljax.training.freezing import Trains, all_train, split_network
 from mmljax.types import Params, TrainState
 
 PROXIES_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # None: as the network's parameters
@@ -39,11 +41,12 @@ def make_model(
 
     Raises:
       UserError: if the weights that the config names cannot be used, or the backbone's features
-        have another number of channels.
+        have another number of channels or would have adapters.
     """
 
     model: Embedder | FeatureEmbedder
     if features:
+        refuse_on_features(config.lora)
         model = _head_builder(config, channels, features)(np.uint32(seed))
     else:
         model = whole = _build(config, seed, channels)
@@ -78,6 +81,7 @@ def make_state(
     averaged: bool = False,
     neighbors: Mapping[str, tuple[int, ...]] | None = None,
     proxies_dtype: str = "float32",
+    trains: Trains = all_train,
 ) -> TrainState:
     """The state before the first step, laid out over the mesh.
 
@@ -87,13 +91,14 @@ def make_state(
       model_state: BatchNorm statistics.
       objective: whose proxies, weights and memory are part of the state; its ``multiple_of`` is a
         multiple of the devices.
-      optimizer: for ``{"network", "proxies", "weights"}``.
+      optimizer: for ``{"network", "proxies", "weights"}``, of the network what is trained.
       seed: of the proxies and of all later draws.
       mesh: of one axis.
       averaged: whether the state has a moving average of network and statistics, which starts as
         a copy of them.
       neighbors: shapes of the tables that composed batches follow, filled by the first refresh.
       proxies_dtype: a key of ``PROXIES_DTYPES``; their optimiser's moments are as for float32.
+      trains: the network's parameters that are trained, by name.
 
     Raises:
       UserError: on an unknown dtype.
@@ -106,7 +111,8 @@ def make_state(
     if averaged:
         weights = {"network": network, "model_state": model_state}
         average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(weights)
-    optimizer_state = optimizer.init(params)
+    trained, _ = split_network(network, trains)
+    optimizer_state = optimizer.init(params | {"network": trained})
     if stored is not None:
         params["proxies"] = params["proxies"].astype(stored)
     tables = {name: jnp.zeros(shape, jnp.int32) for name, shape in (neighbors or {}).items()}

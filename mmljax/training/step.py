@@ -23,6 +23,7 @@ from mmljax.losses.ledger import Scalars
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS
 from mmljax.numerics import stochastic_round
+from mmljax.training.freezing import Trains, all_train, join_network, split_network
 from mmljax.types import Batch, ObjectiveState, Params, TrainState
 
 # The streams of keys of the network and of rounding; the objectives use those of the steps.
@@ -40,6 +41,7 @@ def make_train_step(
     mesh: Mesh,
     ema_decay: float = 0.0,
     micro_batches: int = 1,
+    trains: Trains = all_train,
 ) -> TrainStep:
     """Bind everything static into a jitted step.
 
@@ -53,11 +55,13 @@ def make_train_step(
     Args:
       graphdef: of the embedder, from ``nnx.split``.
       objective: of the embeddings and the proxies.
-      optimizer: for ``state.params``.
+      optimizer: for ``state.params``, of the network what is trained.
       mesh: of one axis, over which the batch and the proxies are split.
       ema_decay: of the moving average, where the state has one.
       micro_batches: into how many parts each device's rows are cut; above 1 only for networks
         without batch statistics (:func:`mmljax.training.trainer.check_micro_batches`).
+      trains: the network's parameters that are trained, by name. The others have no gradient, also
+        not in the ledger's ``gradient_norm/network``.
     """
 
     gradients = _make_gradients(graphdef, objective, mesh=mesh, micro_batches=micro_batches)
@@ -66,12 +70,14 @@ def make_train_step(
         stored = state.params["proxies"]
         wide = jax.tree.leaves(state.params["network"])[0].dtype
         proxies = stored.astype(jnp.promote_types(stored.dtype, wide))
-        params = state.params | {"proxies": proxies}
+        trained, frozen = split_network(state.params["network"], trains)
+        params = state.params | {"network": trained, "proxies": proxies}
         grads, (statistics, objective_state, ledger) = gradients(
-            params, state.model_state, state.objective, batch
+            params, frozen, state.model_state, state.objective, batch
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
         params = optax.apply_updates(params, updates)
+        params = params | {"network": join_network(params["network"], frozen)}
         if proxies.dtype != stored.dtype:
             key = _step_key(state.objective, _ROUNDING)
             params = params | {"proxies": stochastic_round(params["proxies"], key)}
@@ -97,8 +103,8 @@ def _make_gradients(
 ) -> Callable[..., Any]:
     """Forward, objectives and backward pass over the devices.
 
-    A function ``(params, model_state, objective state, batch) -> (gradients, (BatchNorm statistics,
-    objective state, ledger))``.
+    A function ``(trained params, frozen network, model_state, objective state, batch) ->
+    (gradients, (BatchNorm statistics, objective state, ledger))``.
     """
 
     def embed(network: Any, model_state: Any, images: Any, keys: Any) -> Any:
@@ -109,10 +115,13 @@ def _make_gradients(
     if micro_batches > 1:
         embed = _in_micro_batches(embed, count=micro_batches)
 
-    def gradients(params: Any, model_state: Any, state: ObjectiveState, batch: Batch) -> Any:
+    def gradients(
+        params: Any, frozen: Any, model_state: Any, state: ObjectiveState, batch: Batch
+    ) -> Any:
         def loss(params: Any) -> Any:
             keys = _keys(state, len(batch.labels))
-            embeddings, statistics = embed(params["network"], model_state, batch.images, keys)
+            network = join_network(params["network"], frozen)
+            embeddings, statistics = embed(network, model_state, batch.images, keys)
             value, (new_state, ledger) = objective(
                 params,
                 state,
@@ -131,7 +140,7 @@ def _make_gradients(
     return jax.shard_map(
         gradients,
         mesh=mesh,
-        in_specs=(params_specs, whole, objective_state, rows),
+        in_specs=(params_specs, whole, whole, objective_state, rows),
         out_specs=(params_specs, (whole, objective_state, whole)),
     )
 

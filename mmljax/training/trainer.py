@@ -17,6 +17,7 @@ from mmljax.data.composition import table_shapes
 from mmljax.errors import UserError
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.training import optim
+from mmljax.training.freezing import Trains, choose_trained
 from mmljax.training.state import make_model, make_state
 from mmljax.training.step import TrainStep, make_train_step
 from mmljax.types import TrainState
@@ -34,6 +35,7 @@ class Trainer(NamedTuple):
     schedules: Mapping[str, optax.Schedule]  # learning rate of each optimiser group
     total_steps: int
     in_steps: Callable[..., int]  # (duration, key=config key) -> steps of this run
+    trains: Trains  # the network's parameters that are trained
 
 
 def make_objective(
@@ -116,6 +118,9 @@ def make_trainer(
         config, classes=classes, size=size, class_sizes=class_sizes, devices=mesh.size
     )
     schedules = optim.make_schedules(config.optimizer, size)
+    total = int(size.total_steps or 0)
+    frozen = in_steps(config.optimizer.freeze_backbone, key="config.optimizer.freeze_backbone")
+    trains = choose_trained(config, frozen_steps=frozen, total_steps=total)
     graphdef, network, statistics = make_model(
         config.model,
         seed=config.seed,
@@ -136,6 +141,7 @@ def make_trainer(
         averaged=config.optimizer.ema_decay > 0,
         neighbors=table_shapes(config.data, classes=classes, images=train_examples),
         proxies_dtype=config.optimizer.proxies_dtype,
+        trains=trains,
     )
     check_micro_batches(config, statistics, devices=mesh.size)
     step = make_train_step(
@@ -145,10 +151,9 @@ def make_trainer(
         mesh=mesh,
         ema_decay=config.optimizer.ema_decay,
         micro_batches=config.data.micro_batches,
+        trains=trains,
     )
-    return Trainer(
-        graphdef, objective, state, step, schedules, int(size.total_steps or 0), in_steps
-    )
+    return Trainer(graphdef, objective, state, step, schedules, total, in_steps, trains)
 
 
 def _run_size(config: Config, train_examples: int) -> RunSize:

@@ -105,6 +105,15 @@ FINE_TUNING: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
         pytest.param(FINE_TUNING, marks=pytest.mark.slow),
+        {
+            "model__backbone": small_runs.TINY_VIT,
+            "model__width": 64,
+            "model__pooling": "token",
+            "model__lora__rank": 2,
+            "optimizer__ema_decay": 0.9,
+            "optimizer__layer_decay": 0.8,
+            "optimizer__freeze_backbone": "3 steps",
+        },
         pytest.param(
             {
                 "model__backbone": "efficientnet_lite0",
@@ -115,7 +124,7 @@ FINE_TUNING: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["memory", "composition", "softmax", "average", "augmentation", "efficientnet"],
+    ids=["memory", "composition", "softmax", "average", "augmentation", "lora", "efficientnet"],
 )
 def test_interrupted_equals_uninterrupted(
     changes: dict[str, Any],
@@ -125,6 +134,7 @@ def test_interrupted_equals_uninterrupted(
 ) -> None:
     """Broken off between two checkpoints; state, metrics and scores are equal bit for bit."""
     caplog.set_level(logging.INFO, "mmljax")
+    small_runs.add_tiny_vit(monkeypatch)
     config = make_config(tmp_path, **changes)
     train.train(config, tmp_path / "whole")
 
