@@ -1,4 +1,4 @@
-"""Array containers and protocols that every other module uses; no logic.
+"""Array containers and protocols that every other module uses, almost without logic.
 
 Dimension letters, used in every public signature:
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -176,17 +177,25 @@ class TrainState(NamedTuple):
     model_state: Params  # BatchNorm statistics
     objective: ObjectiveState
     optimizer_state: Params
-    average: Params = ()  # of the weights: the keys network and model_state; empty without one
+    average: Params = ()  # keys network (of what is trained) and model_state; empty without one
     neighbors: Params = ()  # tables of mmljax.data.composition.Neighbors; empty without composition
 
     @property
     def evaluated(self) -> tuple[Params, Params]:
         """The network's parameters and statistics that are evaluated: the average, if any."""
         if self.average:
-            return self.average["network"], self.average["model_state"]
+            network = overlaid(self.average["network"], self.params["network"])
+            return network, self.average["model_state"]
         return self.params["network"], self.model_state
 
     @property
     def step(self) -> Int[Array, ""]:
         """Updates so far."""
         return self.objective.step
+
+
+def overlaid(part: Params, whole: Params) -> Params:
+    """The leaves of the first tree, and those of the second where the first has None."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, part, whole, is_leaf=lambda x: x is None
+    )

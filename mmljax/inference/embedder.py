@@ -31,8 +31,9 @@ from mmljax.retrieval.evaluate import make_embed
 from mmljax.runs.reader import CONFIG, read_config
 from mmljax.runs.remote import checkpoints_of, fetched
 from mmljax.training.checkpoints import PartialCheckpoint, steps_in
+from mmljax.training.freezing import split_network
 from mmljax.training.state import make_model
-from mmljax.types import Params
+from mmljax.types import Params, overlaid
 
 
 class Weights(NamedTuple):
@@ -83,19 +84,18 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     step = _checked_step(run, step)
     checkpoint = PartialCheckpoint(checkpoints_of(run), step=step)
     shapes, mesh = checkpoint.shapes(), make_mesh()
-    averaged = any(name.startswith("average.") for name in shapes)
     if config.data.source == FEATURES:
-        channels, graphdef, weights = _joined(run, config, checkpoint, mesh, averaged=averaged)
+        channels, graphdef, weights = _joined(run, config, checkpoint, mesh)
     else:
-        channels = _channels(config.model, shapes, run=run, averaged=averaged)
+        channels = _channels(config.model, shapes, run=run)
         graphdef, target = _abstract(config.model, channels)
-        weights = _restored(checkpoint, target, mesh, averaged=averaged)
+        weights = _restored(checkpoint, target, mesh)
     data, size = config.data, config.model.embedding_size
     identity = {
         "run": run.resolve().name,
         "step": step,
         "config": fingerprint(config),
-        "weights": weights_digest(_named(weights, averaged=False)),
+        "weights": weights_digest(_named(weights)),
         "image_size": data.image_size,
         "resize_size": data.resize_size,
         "embedding_size": size,
@@ -153,20 +153,24 @@ def _checked_step(run: Path, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def _restored(
-    checkpoint: PartialCheckpoint, target: Weights, mesh: Mesh, *, averaged: bool
-) -> Weights:
-    """The trained weights, or their average, whole on every device."""
-    shapes = jax.tree.map(
+def _restored(checkpoint: PartialCheckpoint, target: Weights, mesh: Mesh) -> Weights:
+    """The weights, or their average where there is one, whole on every device."""
+    network, model_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), target
     )
-    state = checkpoint.restore(_named(shapes, averaged=averaged))
-    kept = state["average"] if averaged else {**state["params"], **state}
-    return Weights(kept["network"], kept["model_state"])
+    saved = checkpoint.shapes()
+    if not any(name.startswith("average.") for name in saved):
+        state = checkpoint.restore(_named(Weights(network, model_state)))
+        return Weights(state["params"]["network"], state["model_state"])
+    averaged, rest = split_network(network, lambda name: f"average.network.{name}" in saved)
+    average = {"network": averaged, "model_state": model_state}
+    state = checkpoint.restore({"params": {"network": rest}, "average": average})
+    average = state["average"]
+    return Weights(overlaid(average["network"], state["params"]["network"]), average["model_state"])
 
 
 def _joined(
-    run: Path, config: Config, checkpoint: PartialCheckpoint, mesh: Mesh, *, averaged: bool
+    run: Path, config: Config, checkpoint: PartialCheckpoint, mesh: Mesh
 ) -> tuple[int, nnx.GraphDef, Weights]:
     """The network of a head that was trained on features, with the backbone of the features.
 
@@ -191,7 +195,7 @@ def _joined(
         )
     whole = [jax.device_put(part, replicated(mesh)) for part in state]
     heads = Weights(*({"head": part["head"]} if "head" in part else {} for part in whole))
-    trained = _restored(checkpoint, heads, mesh, averaged=averaged)
+    trained = _restored(checkpoint, heads, mesh)
     return channels, graphdef, Weights(*({**a, **b} for a, b in zip(whole, trained, strict=True)))
 
 
@@ -204,16 +208,12 @@ def _abstract(config: ModelConfig, channels: int) -> tuple[nnx.GraphDef, Weights
     return graphdef, Weights(nnx.to_pure_dict(network), nnx.to_pure_dict(rest[0]))
 
 
-def _named(weights: Weights, *, averaged: bool) -> dict[str, Any]:
-    """Weights as the part of a train state that holds them: trained ones, or their average."""
-    if averaged:
-        return {"average": weights._asdict()}
+def _named(weights: Weights) -> dict[str, Any]:
+    """Weights as the part of a train state that holds them."""
     return {"params": {"network": weights.network}, "model_state": weights.model_state}
 
 
-def _channels(
-    config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Path, averaged: bool
-) -> int:
+def _channels(config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Path) -> int:
     """Channels of the images, from the one parameter whose shape depends on them.
 
     Raises:
@@ -221,7 +221,7 @@ def _channels(
     """
 
     def shapes(channels: int) -> dict[str, tuple[int, ...]]:
-        return _shapes(_named(_abstract(config, channels)[1], averaged=averaged))
+        return _shapes(_named(_abstract(config, channels)[1]))
 
     one, two = shapes(1), shapes(2)
     (name,) = (name for name in one if one[name] != two[name])

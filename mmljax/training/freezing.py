@@ -56,7 +56,8 @@ def choose_trained(config: Config, *, frozen_steps: int, total_steps: int) -> Tr
 def split_network(network: Params, trains: Trains) -> tuple[Params, Params]:
     """Return the trained and the frozen parameters.
 
-    Each has the network's structure with None, which is no leaf, in place of the others.
+    Each has the network's structure with None, which is no leaf, in place of the others;
+    :func:`mmljax.types.overlaid` joins them.
     """
 
     def part(wanted: bool) -> Params:
@@ -67,10 +68,3 @@ def split_network(network: Params, trains: Trains) -> tuple[Params, Params]:
         return jax.tree_util.tree_map_with_path(keep, network)
 
     return part(True), part(False)
-
-
-def join_network(trained: Params, frozen: Params) -> Params:
-    """Return the whole network of the two parts."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
-    )

@@ -94,8 +94,8 @@ def make_state(
       optimizer: for ``{"network", "proxies", "weights"}``, of the network what is trained.
       seed: of the proxies and of all later draws.
       mesh: of one axis.
-      averaged: whether the state has a moving average of network and statistics, which starts as
-        a copy of them.
+      averaged: whether the state has a moving average of the network, as far as it is trained, and
+        of the statistics, which starts as a copy of them.
       neighbors: shapes of the tables that composed batches follow, filled by the first refresh.
       proxies_dtype: a key of ``PROXIES_DTYPES``; their optimiser's moments are as for float32.
       trains: the network's parameters that are trained, by name.
@@ -107,11 +107,11 @@ def make_state(
     dtype = jax.tree.leaves(network)[0].dtype
     objective_params, objective_state = objective.init(jax.random.key(seed), dtype=dtype)
     params = {"network": network, **objective_params}
+    trained, _ = split_network(network, trains)
     average: Params = ()
     if averaged:
-        weights = {"network": network, "model_state": model_state}
+        weights = {"network": trained, "model_state": model_state}
         average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(weights)
-    trained, _ = split_network(network, trains)
     optimizer_state = optimizer.init(params | {"network": trained})
     if stored is not None:
         params["proxies"] = params["proxies"].astype(stored)

@@ -23,8 +23,8 @@ from mmljax.losses.ledger import Scalars
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS
 from mmljax.numerics import stochastic_round
-from mmljax.training.freezing import Trains, all_train, join_network, split_network
-from mmljax.types import Batch, ObjectiveState, Params, TrainState
+from mmljax.training.freezing import Trains, all_train, split_network
+from mmljax.types import Batch, ObjectiveState, Params, TrainState, overlaid
 
 # The streams of keys of the network and of rounding; the objectives use those of the steps.
 _NETWORK, _ROUNDING = 2**31, 2**31 + 1
@@ -77,7 +77,6 @@ def make_train_step(
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
         params = optax.apply_updates(params, updates)
-        params = params | {"network": join_network(params["network"], frozen)}
         if proxies.dtype != stored.dtype:
             key = _step_key(state.objective, _ROUNDING)
             params = params | {"proxies": stochastic_round(params["proxies"], key)}
@@ -87,6 +86,7 @@ def make_train_step(
         if average:
             new = {"network": params["network"], "model_state": statistics}
             average = move_average(average, new, step=state.step, decay=ema_decay)
+        params = params | {"network": overlaid(params["network"], frozen)}
         return state._replace(
             params=params,
             model_state=statistics,
@@ -120,7 +120,7 @@ def _make_gradients(
     ) -> Any:
         def loss(params: Any) -> Any:
             keys = _keys(state, len(batch.labels))
-            network = join_network(params["network"], frozen)
+            network = overlaid(params["network"], frozen)
             embeddings, statistics = embed(network, model_state, batch.images, keys)
             value, (new_state, ledger) = objective(
                 params,

@@ -82,7 +82,7 @@ def frozen_names(arrays: dict[str, Any], *, adapters: bool) -> set[str]:
 @pytest.mark.parametrize("changes", [LORA, HEAD], ids=["lora", "head"])
 def test_only_the_rest_moves_and_has_moments(config: Any, changes: dict[str, Any]) -> None:
     """The bytes of the optimiser's state are two of Adam's moments of what trains, and counters."""
-    made = config(**changes)
+    made = config(**changes, optimizer__ema_decay=0.9)
     first, last = steps(made, 3)
     frozen = frozen_names(first, adapters=True)
     assert len(frozen) > 30
@@ -99,6 +99,8 @@ def test_only_the_rest_moves_and_has_moments(config: Any, changes: dict[str, Any
     optimizer = sum(x.nbytes for name, x in arrays.items() if name.startswith("optimizer_state."))
     wanted = sum(arrays[name].nbytes for name in trained | {"params.proxies"})
     assert optimizer == 2 * wanted + counters
+    averaged = {f"params.{name[8:]}" for name in arrays if name.startswith("average.")}
+    assert averaged == trained
 
 
 def test_the_compiled_step_does_less(config: Any) -> None:
