@@ -121,6 +121,7 @@ class ModelConfig:
     head_width: Count = 1024  # hidden units of head mlp
     head_norm: str = "none"  # before the last layer, trainable: none, batch, layer
     drop_path: DropRate = 0.0  # stochastic depth: of the last block; of others by their depth
+    patch_keep: PositiveShare = 1.0  # of a ViT's patches, in training; 1: all
     dropout: DropRate = 0.0  # of the input of the head's layers
     batch_norm: str = "global"  # global (over the whole batch) or frozen (running statistics)
     compute_dtype: str = "bfloat16"  # of the backbone: float32 or bfloat16

@@ -54,13 +54,13 @@ def rotate(x: Float[Array, "b n h d"], rotary: Rotary) -> Float[Array, "b n h d"
 
     Computes in float32 at least and returns the input's dtype.
     """
-    first = x.shape[1] - len(rotary.cosines)
+    first = x.shape[1] - rotary.cosines.shape[-2]
     patches = x[:, first:].astype(at_least_float32(x.dtype))
     if rotary.interleaved:
         a, b = patches[..., ::2], patches[..., 1::2]
     else:
         a, b = jnp.split(patches, 2, axis=-1)
-    cosines, sines = rotary.cosines[:, None], rotary.sines[:, None]
+    cosines, sines = rotary.cosines[..., None, :], rotary.sines[..., None, :]
     rotated = [a * cosines - b * sines, b * cosines + a * sines]
     if rotary.interleaved:
         patches = jnp.stack(rotated, axis=-1).reshape(patches.shape)

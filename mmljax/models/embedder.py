@@ -18,6 +18,7 @@ from mmljax.models.head import Head
 from mmljax.models.lora import add_adapters
 from mmljax.models.pooling import POOLINGS
 from mmljax.models.remat import REMATS, rematerialized
+from mmljax.models.vit import VisionTransformer
 from mmljax.models.weight_files import PACKAGED_WEIGHTS
 from mmljax.numerics import at_least_float32
 
@@ -142,8 +143,8 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
 
     Raises:
       UserError: on an unknown backbone, pooling, layer norm, batch norm, pixel norm, compute dtype
-        or remat, a pooling or adapters that do not fit the backbone, or a pixel norm that does not
-        fit the weights.
+        or remat, a pooling, adapters or patch dropout that do not fit the backbone, or a pixel norm
+        that does not fit the weights.
     """
     dtype = choose(COMPUTE_DTYPES, config.compute_dtype, key="config.model.compute_dtype")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
@@ -162,6 +163,7 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
         drop_path=config.drop_path,
         remat=blocks,
     )
+    _set_patch_keep(backbone, config)
     fitting = POOLINGS[backbone.output]
     known = {name for names in POOLINGS.values() for name in names}
     if config.pooling in known - fitting.keys():
@@ -191,6 +193,18 @@ def make_embedder(config: ModelConfig, *, channels: int, rngs: nnx.Rngs) -> Embe
     kind = at_least_float32(dtype)
     nnx.update(model, jax.tree.map(lambda x: x.astype(kind), nnx.state(model)))
     return model
+
+
+def _set_patch_keep(backbone: Backbone, config: ModelConfig) -> None:
+    if config.patch_keep == 1:
+        return
+    if not isinstance(backbone, VisionTransformer) or backbone.output != "tokens":
+        raise UserError(
+            f"--config.model.patch_keep={config.patch_keep:g}: --config.model.backbone="
+            f"{config.backbone!r} cannot do without a part of its patches; use a vision "
+            "transformer other than Unicom's, or --config.model.patch_keep=1"
+        )
+    backbone.patch_keep = config.patch_keep
 
 
 def choose_pixel_norm(name: str, *, pretrained: str, backbone: str) -> str:

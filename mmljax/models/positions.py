@@ -85,8 +85,8 @@ def _filter(distance: float, kind: Filter) -> float:
 class Rotary(NamedTuple):
     """Rotary position embedding: angles by which channel pairs of a patch turn (2104.09864)."""
 
-    cosines: Float[np.ndarray, "n d2"]
-    sines: Float[np.ndarray, "n d2"]
+    cosines: Float[np.ndarray, "n d2"] | Float[Array, "b n d2"]  # of all examples, or of each
+    sines: Float[np.ndarray, "n d2"] | Float[Array, "b n d2"]
     interleaved: bool  # pairs are channels 2i and 2i + 1, else i and i + d / 2
 
 

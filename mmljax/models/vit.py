@@ -19,6 +19,7 @@ from mmljax.mesh import AXIS
 from mmljax.models.attention import Attention, AttentionPool, Bias, Mlp, layer_norm
 from mmljax.models.convolution import conv
 from mmljax.models.drop_path import ResidualBlock
+from mmljax.models.patch_dropout import draw_patches, keep_patches
 from mmljax.models.positions import (
     Filter,
     Rotary,
@@ -150,6 +151,8 @@ class VisionTransformer(nnx.Module):
     ``features`` is the channels of a token, or of the vector where ``output`` is ``vector``.
     """
 
+    patch_keep = 1.0  # share of the patches that are kept in training
+
     def __init__(
         self, kind: Architecture, *, channels: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
@@ -208,8 +211,9 @@ class VisionTransformer(nnx.Module):
 
         The dtype is float32 at least. The summary is the class token, or the attention pool's
         output; registers are left out. A network with a flat pool returns its vector alone.
-        Training and evaluation are the same, but for the BatchNorm of a flat pool, and for residual
-        branches that are dropped at the blocks' rates with ``keys``, one per example.
+        Training and evaluation are the same, but for the BatchNorm of a flat pool, and with
+        ``keys``, one per example, for patches that are left out (``patch_keep``) and residual
+        branches that are dropped at the blocks' rates.
 
         Raises:
           UserError: if the image's height or width is not a multiple of the patch's, or a flat
@@ -248,6 +252,9 @@ class VisionTransformer(nnx.Module):
         if kind.pre_norm:
             x = self.norm_pre(x).astype(x.dtype)
         rotary = rotary_table(kind.rotary, rows, columns, kind.head_dim, int(kind.class_token))
+        if keys is not None and self.patch_keep < 1:
+            numbers = draw_patches(keys, patches=rows * columns, share=self.patch_keep)
+            x, rotary = keep_patches(x, rotary, numbers, first=kind.class_token + kind.registers)
         for block in self.blocks:
             x = block.run(x, keys=keys, rotary=rotary)
         return self.norm(x)

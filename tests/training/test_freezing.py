@@ -106,7 +106,8 @@ def test_only_the_rest_moves_and_has_moments(config: Any, changes: dict[str, Any
 def test_the_compiled_step_does_less(config: Any) -> None:
     """Against full fine-tuning: adapters save the weights' gradients, a head the backward pass."""
     flops = {}
-    for name, changes in {"full": {}, "lora": LORA, "head": HEAD}.items():
+    kinds: dict[str, Any] = {"full": {}, "lora": LORA, "head": HEAD}
+    for name, changes in (kinds | {"patches": {"model__patch_keep": 0.5}}).items():
         made = config(**changes, model__width=256)
         trainer, mesh = make(made, devices=1), make_mesh(jax.devices()[:1])
         batch = next(load.train_batches(load.load_dataset(made), made, mesh, range(1)))
@@ -114,10 +115,11 @@ def test_the_compiled_step_does_less(config: Any) -> None:
         flops[name] = step.lower(trainer.state, batch).compile().cost_analysis()["flops"]
     assert flops["lora"] < 0.8 * flops["full"]  # two products of three, and the adapters'
     assert flops["head"] < 0.5 * flops["full"]  # one of three
+    assert flops["patches"] < 0.7 * flops["full"]  # 5 tokens of 10
 
 
 def test_eight_devices_equal_one(config: Any) -> None:
-    made = config(**LORA, **SGD)
+    made = config(**LORA, **SGD, model__patch_keep=0.5)
     (_, one), (_, eight) = steps(made, 4, devices=1), steps(made, 4)
     names = [name for name in one if name.startswith("params.network.")]
     for name in names:

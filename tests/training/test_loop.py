@@ -110,6 +110,7 @@ FINE_TUNING: dict[str, Any] = {
             "model__width": 64,
             "model__pooling": "token",
             "model__lora__rank": 2,
+            "model__patch_keep": 0.5,
             "optimizer__ema_decay": 0.9,
             "optimizer__layer_decay": 0.8,
             "optimizer__freeze_backbone": "3 steps",
