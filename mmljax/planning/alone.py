@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -67,18 +68,18 @@ def compile_alone(task: Task, *, program: Sequence[str] = _CHILD) -> None:
 
 def main() -> None:
     """The process of :func:`compile_alone`: reads a task from standard input."""
-    from mmljax.cli.command import logging_to_stderr
     from mmljax.planning import chips, plan, programs
 
     task = Task(**json.load(sys.stdin))
     config, counts = from_mapping(task.config), Counts(*task.counts)
-    with logging_to_stderr():
-        try:
-            target = chips.tpu_target(task.topology)
-            cache = programs.Cache(Path(task.cache))
-            if task.find_batch_size:
-                size = plan.find_batch_size(config, counts, target, cache=cache)
-                config = plan.with_batch_size(config, size)
-            plan.make_plan(config, counts, target, cache=cache)
-        except UserError:
-            sys.exit(2)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mmljax").setLevel(logging.INFO)
+    try:
+        target = chips.tpu_target(task.topology)
+        cache = programs.Cache(Path(task.cache))
+        if task.find_batch_size:
+            size = plan.find_batch_size(config, counts, target, cache=cache)
+            config = plan.with_batch_size(config, size)
+        plan.make_plan(config, counts, target, cache=cache)
+    except UserError:
+        sys.exit(2)
