@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import platform
 import sys
 import types
@@ -109,6 +110,8 @@ def test_a_process_of_its_own_fills_the_cache(tmp_path, monkeypatch):
     task = Task(config, SIZES, "v5e:2x4", tmp_path, True)
     sent = json.dumps(task._replace(config=to_dict(config), cache=str(tmp_path))._asdict())
     monkeypatch.setattr(sys, "stdin", io.StringIO(sent))
+    logger = logging.getLogger("mmljax")
+    monkeypatch.setattr(logger, "level", logger.level)
     monkeypatch.setattr(plan, "find_batch_size", lambda *arguments, **options: 64)
     alone.main()
     cache = Cache(tmp_path, fill=lambda: pytest.fail("something was not compiled"))
