@@ -11,7 +11,7 @@ and have not been tuned; ``mmljax interpolate RUN`` shows whether fine-tuning we
 
 Published, not by this project: Recall@1 of 89.2 without fine-tuning for Unicom's ViT-L/14 at 336 px
 (arXiv 2304.05884). None is known for this network. Ours: not yet measured.
-Hardware: one accelerator with 16 GB; docs/tpu.md has the plan.
+Hardware: a TPU v5e with 8 chips is meant; ``mmljax plan`` states its memory.
 """
 
 from ml_collections import ConfigDict

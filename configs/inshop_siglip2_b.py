@@ -12,7 +12,7 @@ duration are this project's choice; they have not been tuned.
 
 Published for In-Shop from other weights of this size, not by this project: Recall@1 of 95.5 for
 Unicom's ViT-B/16 (An et al. 2023, arXiv 2304.05884). None is known for SigLIP 2. Ours: not yet
-measured. Hardware: a TPU v5e with 8 chips; docs/tpu.md has the plan.
+measured. Hardware: a TPU v5e with 8 chips is meant; ``mmljax plan`` states its memory.
 """
 
 from ml_collections import ConfigDict

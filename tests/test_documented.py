@@ -28,17 +28,19 @@ import saved
 from benchmarks import ablation
 from mmljax.cli import command, main
 from mmljax.config import from_mapping, load_config, to_dict
-from mmljax.data import paths
 from mmljax.inference import embedder
 from mmljax.models import weight_files
 from mmljax.planning import chips
+from mmljax.runs import remote
 from mmljax.training import checks
 
 pytest.importorskip("tensorflow", reason="image files are read by TensorFlow")
 pytest.importorskip("PIL", reason="pip install 'mmljax[look]' brings Pillow")
 
 BLOCKS = documented.read_blocks()
-TRAINS = re.compile(r"train --(?!.*--workdir runs/inshop$)|ablation run", re.MULTILINE)
+TRAINS = re.compile(
+    r"train --(?!.*--workdir runs/inshop$)|ablation run|plan --.* v5e:4x4", re.MULTILINE
+)
 COMMANDS = [
     pytest.param(block, marks=[pytest.mark.slow] if TRAINS.search(block.text) else [])
     for block in BLOCKS
@@ -279,16 +281,8 @@ def test_config_of_the_choosing_page():
 
 
 def test_table_of_the_inspect_page(folder, monkeypatch, capsys):
-    """A bucket's files are read from the local folder of its name."""
-    tf = pytest.importorskip("tensorflow", reason="needs TensorFlow")
-    local = str(folder / "runs")
-
-    class Bucket:
-        def __getattr__(self, name: str) -> Any:
-            call = getattr(tf.io.gfile, name)
-            return lambda path, *rest: call(path.replace("gs://bucket", local), *rest)
-
-    monkeypatch.setattr(paths, "_remote", lambda call: call(Bucket()))
+    """The copy of a bucket's run is the local folder of its name."""
+    monkeypatch.setattr(remote, "fetched", lambda run: folder / "runs" / run.rpartition("/")[2])
     table = execute("read_runs(")["table"]
     assert table.query("kind == 'train'")["seed"].tolist() == [0] * 4 + [1] * 4 + [0] * 4
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -8,6 +8,7 @@ and cannot be listed is a ``UserError``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from mmljax.data.tensorflow_devices import import_tensorflow
 from mmljax.errors import UserError, require
 
 _SHOWN = 200  # characters of a name in an error
+_MANGLED = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 _LISTINGS = 16  # folders listed at once: a bucket answers many questions as fast as one
 
 _T = TypeVar("_T")
@@ -33,6 +35,18 @@ class Listing(NamedTuple):
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a name belongs to a file system other than the local one."""
     return "://" in os.fspath(path)
+
+
+def is_address(path: Path | str) -> bool:
+    """Whether a path is an address.
+
+    Raises:
+      UserError: if it was one before it was made a ``Path``, which makes ``:/`` of ``://``.
+    """
+    if (found := _MANGLED.match(os.fspath(path))) is not None:
+        address = f"{found[1]}://{os.fspath(path)[found.end() :]}"
+        raise UserError(f"{path} is an address with one /; give it as the text {address!r}")
+    return is_remote(path)
 
 
 def join(folder: str | os.PathLike[str], name: str) -> str:

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mmljax.data.paths import is_address
 from mmljax.errors import UserError
-from mmljax.runs.remote import fetched
 from mmljax.runs.writer import METRICS, read_blocks
 from mmljax.text import one_line
 
@@ -152,10 +152,19 @@ def _name(path: Path | str) -> str:
     return str(path).rstrip("/").rpartition("/")[2]
 
 
+def _folder(path: Path | str) -> Path:
+    """The run's directory; of an address, a local copy of its small files."""
+    if not is_address(path):
+        return Path(path)
+    from mmljax.runs.remote import fetched  # here, as it imports jax
+
+    return fetched(path)
+
+
 def _read(path: Path | str, *, label: str, points: int | None) -> tuple[int, list[_Curve]]:
     """Seed and curves of a run, those of its targets last."""
     shown = str(path).rstrip("/")
-    folder = fetched(path)
+    folder = _folder(path)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         seed, targets = int(config["seed"]), share_targets(config)

@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import threading
@@ -30,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmljax.data.paths import is_remote
+from mmljax.data.paths import is_address, is_remote
 from mmljax.errors import Unreachable, UserError, require
 from mmljax.files import acquire_lock, write_atomically
 from mmljax.mesh import is_main_process, raise_together
@@ -41,7 +40,6 @@ BEAT = 20.0  # seconds between two refreshes of a lock
 DEAD = 120.0  # seconds without a refresh, after which the holder of a lock counts as dead
 PAUSES = (1.0, 3.0, 10.0)  # seconds before a failed call is repeated
 
-_MANGLED = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +76,7 @@ def opened(workdir: Path | str) -> Iterator[RunFiles]:
     Raises:
       UserError: if the address cannot be used or is in use; in all processes.
     """
-    if not _is_address(workdir):
+    if not is_address(workdir):
         local = Path(workdir)
         yield RunFiles(local, local / CHECKPOINTS, str(local))
         return
@@ -110,7 +108,7 @@ def fetched(run: Path | str) -> Path:
     Raises:
       UserError: if the address cannot be read, or holds no run.
     """
-    if not _is_address(run):
+    if not is_address(run):
         return Path(run)
     address = str(run).rstrip("/")
     checkpoint_folder(address)  # refuses what cannot be read later
@@ -156,18 +154,6 @@ def checkpoint_folder(address: str) -> Path | str:
         f"{address}: checkpoints cannot be kept on {scheme}://; use gs://BUCKET/RUN, or mount the "
         "store as a folder and name that"
     )
-
-
-def _is_address(path: Path | str) -> bool:
-    """Whether a path is an address.
-
-    Raises:
-      UserError: if it was one before it was made a ``Path``, which makes ``:/`` of ``://``.
-    """
-    if (found := _MANGLED.match(os.fspath(path))) is not None:
-        address = f"{found[1]}://{os.fspath(path)[found.end() :]}"
-        raise UserError(f"{path} is an address with one /; give it as the text {address!r}")
-    return is_remote(path)
 
 
 def working_copy(address: str, *, kind: str = "runs") -> Path:

@@ -92,7 +92,7 @@ def test_modules_that_start_the_command_line(module):
 
 
 WORDS = {  # valid arguments of each verb
-    **{verb: [] for verb in ("train", "doctor", "sweep", "plan")},
+    **{verb: [] for verb in ("train", "doctor", "sweep", "plan", "evaluate")},
     **{verb: ["RUN"] for verb in ("page", "atlas", "interpolate")},
     "features": ["--output=x"],
     "embed": ["RUN", "--split=query", "--output=x"],

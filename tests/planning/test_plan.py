@@ -147,6 +147,7 @@ def test_batches_are_the_next_ones_that_training_accepts():
         plan.fitting_config(config, SIZES, devices=512)
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_found_or_refused(tmp_path):
     """On the devices here, of as much memory as a batch of 48 takes."""
     config = load_config(SMALL[0].partition("=")[2], [w.partition(".")[2] for w in SMALL[1:]])

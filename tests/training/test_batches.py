@@ -44,6 +44,7 @@ def _stops_at(self: preemption.Preemption, last: int, step: int) -> bool:
     return step == last
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_at_the_change_is_the_same(
     tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:

@@ -103,6 +103,7 @@ def test_only_the_rest_moves_and_has_moments(config: Any, changes: dict[str, Any
     assert averaged == trained
 
 
+@pytest.mark.slow
 def test_the_compiled_step_does_less(config: Any) -> None:
     """Against full fine-tuning: adapters save the weights' gradients, a head the backward pass."""
     flops = {}
@@ -118,6 +119,7 @@ def test_the_compiled_step_does_less(config: Any) -> None:
     assert flops["patches"] < 0.7 * flops["full"]  # 5 tokens of 10
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(config: Any) -> None:
     made = config(**LORA, **SGD, model__patch_keep=0.5)
     (_, one), (_, eight) = steps(made, 4, devices=1), steps(made, 4)

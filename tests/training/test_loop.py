@@ -88,13 +88,16 @@ FINE_TUNING: dict[str, Any] = {
             "data__composition__share": 0.6,
             "data__composition__every": "4 steps",
         },
-        {
-            "centers": 2,
-            "objectives__proxy__loss": "subcenter_arcface",
-            "objectives__proxy__sampled_proxies": 6,
-            "objectives__proxy__margin_rise": "75%",
-            "objectives__proxy__least_margin": 0.1,
-        },
+        pytest.param(
+            {
+                "centers": 2,
+                "objectives__proxy__loss": "subcenter_arcface",
+                "objectives__proxy__sampled_proxies": 6,
+                "objectives__proxy__margin_rise": "75%",
+                "objectives__proxy__least_margin": 0.1,
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {
                 "optimizer__ema_decay": 0.9,
@@ -105,16 +108,19 @@ FINE_TUNING: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
         pytest.param(FINE_TUNING, marks=pytest.mark.slow),
-        {
-            "model__backbone": small_runs.TINY_VIT,
-            "model__width": 64,
-            "model__pooling": "token",
-            "model__lora__rank": 2,
-            "model__patch_keep": 0.5,
-            "optimizer__ema_decay": 0.9,
-            "optimizer__layer_decay": 0.8,
-            "optimizer__freeze_backbone": "3 steps",
-        },
+        pytest.param(
+            {
+                "model__backbone": small_runs.TINY_VIT,
+                "model__width": 64,
+                "model__pooling": "token",
+                "model__lora__rank": 2,
+                "model__patch_keep": 0.5,
+                "optimizer__ema_decay": 0.9,
+                "optimizer__layer_decay": 0.8,
+                "optimizer__freeze_backbone": "3 steps",
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {
                 "model__backbone": "efficientnet_lite0",
