@@ -265,6 +265,7 @@ def test_program_for_those_from_pytorch_metric_learning(capsys):
     assert float(capsys.readouterr().out) > 0.5
 
 
+@pytest.mark.slow
 def test_program_for_those_from_tensorflow_similarity(capsys):
     names = execute("mmljax.nearest_neighbors(vectors")
     assert names["results"]["scores"]["recall@1"] > names["results"]["untrained"]["recall@1"] - 0.1

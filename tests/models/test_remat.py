@@ -68,14 +68,15 @@ def stepped(config: ModelConfig, *, devices: int) -> Any:
     return change, moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "batch_norm", "devices"),
     [
         ("basic", "global", 2),
-        pytest.param("basic", "frozen", 1, marks=pytest.mark.slow),
-        pytest.param("bottleneck", "global", 1, marks=pytest.mark.slow),
-        pytest.param("inverted", "global", 2, marks=pytest.mark.slow),
-        pytest.param("transformer", "global", 2, marks=pytest.mark.slow),
+        ("basic", "frozen", 1),
+        ("bottleneck", "global", 1),
+        ("inverted", "global", 2),
+        ("transformer", "global", 2),
     ],
 )
 def test_gradients_and_statistics_are_the_same(

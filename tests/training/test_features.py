@@ -312,7 +312,10 @@ def make_runs(
     "changes",
     [
         {},
-        {"data__composition__rule": "either", "data__composition__every": "3 steps"},
+        pytest.param(
+            {"data__composition__rule": "either", "data__composition__every": "3 steps"},
+            marks=pytest.mark.slow,
+        ),
         {
             "objectives__proxy__loss": "arcface",
             "objectives__proxy__sampled_proxies": 3,

@@ -165,6 +165,7 @@ def test_adapters_have_the_rate_of_their_blocks_layer(config: Any) -> None:
     assert found == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_loaded_merged_and_saved(
     config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -56,12 +56,13 @@ def stepped(*arguments: Any, **options: Any) -> Any:
     return change, jax.device_get((after.model_state, after.objective.step)), scalars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "devices", "parts"),
     [
         (CONVOLUTIONS, 1, 8),
-        pytest.param(CONVOLUTIONS, 8, 2, marks=pytest.mark.slow),
-        pytest.param(TOKENS, 2, 4, marks=pytest.mark.slow),
+        (CONVOLUTIONS, 8, 2),
+        (TOKENS, 2, 4),
     ],
     ids=["convolutions", "convolutions on 8 devices", "tokens on 2 devices"],
 )
