@@ -91,6 +91,8 @@ def appended(words: list[str]) -> list[str]:
         return more + FEW
     if "omniglot" in line or "data.image_size=" in line:  # small as it stands
         return more
+    if "backbone=vit" in line:  # its patches have 16 pixels
+        return [*more, *NARROW, *(flag.replace("=24", "=32") for flag in SMALL)]
     if "backbone=" in line:
         return more + SMALL
     backbone = "resnet18" if "resnet" in line else "small"
