@@ -13,7 +13,8 @@ from mmljax.errors import UserError
 from mmljax.mesh import make_mesh, replicated, spread
 from mmljax.retrieval import records
 from mmljax.retrieval.checks import check_evaluation
-from mmljax.retrieval.evaluate import evaluate, make_embed_pooled
+from mmljax.retrieval.evaluate import make_embed_pooled
+from mmljax.training.loop import score_dataset
 from mmljax.training.state import make_model
 from mmljax.types import Dataset
 
@@ -47,15 +48,7 @@ def score_pretrained(config: Config, *, dataset: Dataset | None = None) -> dict[
         features=load.feature_size(dataset),
     )
     weights = spread(weights, jax.tree.map(lambda _: replicated(mesh), weights))
-    result = evaluate(
-        partial(make_embed_pooled(graphdef), *weights),
-        load.eval_batches(dataset.query, config, mesh),
-        dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
-        recall_at=config.evaluation.recall_at,
-        chunk=config.evaluation.gallery_chunk,
-        mesh=mesh,
-        geometry=config.evaluation.geometry,
-        clustering=config.evaluation.clustering,
-    )
+    embed = partial(make_embed_pooled(graphdef), *weights)
+    result = score_dataset(embed, dataset, config, mesh)
     protocol = records.evaluation_protocol(dataset, config)
     return {"scores": result.summary(), "config": to_dict(config), "protocol": protocol}

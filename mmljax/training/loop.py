@@ -216,18 +216,27 @@ def make_score(
     def score(
         state: TrainState, *, embed: Callable[[nnx.GraphDef], Embed] = make_embed
     ) -> Retrieval:
-        return evaluate(
-            partial(embed(trainer.graphdef), *state.evaluated),
-            load.eval_batches(dataset.query, config, mesh),
-            dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
-            recall_at=config.evaluation.recall_at,
-            chunk=config.evaluation.gallery_chunk,
-            mesh=mesh,
-            geometry=config.evaluation.geometry,
-            clustering=config.evaluation.clustering,
+        return score_dataset(
+            partial(embed(trainer.graphdef), *state.evaluated), dataset, config, mesh
         )
 
     return score
+
+
+def score_dataset(
+    embed: Callable[[Any], Any], dataset: Dataset, config: Config, mesh: Mesh
+) -> Retrieval:
+    """The evaluation that a config asks for, of images embedded by ``embed``."""
+    return evaluate(
+        embed,
+        load.eval_batches(dataset.query, config, mesh),
+        dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
+        recall_at=config.evaluation.recall_at,
+        chunk=config.evaluation.gallery_chunk,
+        mesh=mesh,
+        geometry=config.evaluation.geometry,
+        clustering=config.evaluation.clustering,
+    )
 
 
 def _loggers(config: Config, workdir: Path, *, first: int) -> list[Logger]:
