@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from mmljax.types import TrainState
 _ITEM = "default"  # the folder in which orbax keeps the arrays
 TORN = "torn"  # folder of checkpoints that could not be read
 PAUSE = 5.0  # seconds before a checkpoint at an address is read again
+_LEAST_PART = 2**20  # bytes
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +93,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         with _reaching(directory):
-            self._manager = ocp.CheckpointManager(directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                directory, options=options, item_handlers=_array_handler()
+            )
 
     def save(
         self,
@@ -114,7 +118,7 @@ class Checkpoints:
         with self._writing():
             self._manager.save(
                 step,
-                args=ocp.args.StandardSave(_without_empty(state)),
+                args=ocp.args.PyTreeSave(_flat(state)),
                 metrics=None if metrics is None else {self._best_by: float(metrics[self._best_by])},
                 force=True,
             )
@@ -140,8 +144,8 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
         )
-        flat = _without_empty(abstract)
-        real = {} if rows is None else _without_empty(rows)
+        flat = _flat(abstract)
+        real = {} if rows is None else _flat(rows)
         shapes = PartialCheckpoint(self.directory, step=step).shapes()
         wrong = [
             f"{name} {shapes.get(name, 'absent')} in place of {leaf.shape}"
@@ -153,11 +157,13 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} is of another network or data set "
                 f"({'; '.join(wrong[:3])}); choose another --workdir"
             )
-        arguments = ocp.args.StandardRestore(flat, strict=False)  # cuts and fills
+        kinds = {
+            name: dataclasses.replace(kind, strict=False)  # cuts and fills
+            for name, kind in ocp.checkpoint_utils.construct_restore_args(flat).items()
+        }
+        arguments = ocp.args.PyTreeRestore(item=flat, restore_args=kinds)
         with _reaching(self.directory):
-            restored = self._manager.restore(step, args=arguments)
-        leaves = [restored[key] for key in _keys(target)]
-        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+            return _like(target, self._manager.restore(step, args=arguments))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -186,6 +192,23 @@ class Checkpoints:
                 self._manager.wait_until_finished()
             finally:
                 self._manager.close()
+
+
+def _array_handler(processes: Any = None) -> ocp.PyTreeCheckpointHandler:
+    """Reads and writes flat dicts of arrays, by all processes unless others are named.
+
+    Each device writes its part of a replicated array only where a part is large enough. By default
+    orbax cuts every array, by a program for each shape and device that is compiled at the first
+    save, and training waits: 960 programs for 120 arrays of different shapes on eight devices.
+    """
+    kinds = ocp.type_handlers
+    arrays = kinds.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=kinds.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, kinds.NumpyHandler())
+        ),
+        multiprocessing_options=processes or ocp.options.MultiprocessingOptions(),
+    )
 
 
 def located(directory: Path | str) -> Path:
@@ -248,11 +271,9 @@ class PartialCheckpoint:
           target: a part of a train state with the same names, of ShapeDtypeStructs with the
             shardings that are wanted.
         """
-        kinds = ocp.checkpoint_utils.construct_restore_args(_without_empty(target))
+        kinds = ocp.checkpoint_utils.construct_restore_args(_flat(target))
         with self._reading() as reader:
-            restored = self._read(reader, kinds)
-        leaves = [restored[key] for key in _keys(target)]
-        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+            return _like(target, self._read(reader, kinds))
 
     def check(self) -> None:
         """Read every array, one after the other: if one fails, no other read is under way."""
@@ -280,7 +301,7 @@ class PartialCheckpoint:
                 active_processes={process},
                 barrier_sync_key_prefix=f"reader{process}",
             )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        handler = _array_handler(alone)
         try:
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
                 yield reader
@@ -341,9 +362,7 @@ def _problem_of(directory: Path, step: int, *, arrays: bool) -> str:
 
 def _fits(saved: tuple[int, ...], wanted: Any, *, rows: int) -> bool:
     """Whether a saved array can be restored as another, of which so many rows are not padding."""
-    if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key) or saved == wanted.shape:
-        return True
-    return 0 < rows <= saved[0] and saved[1:] == wanted.shape[1:]
+    return saved == wanted.shape or 0 < rows <= saved[0] and saved[1:] == wanted.shape[1:]
 
 
 def _keys(state: Any) -> list[str]:
@@ -353,6 +372,29 @@ def _keys(state: Any) -> list[str]:
     ]
 
 
-def _without_empty(state: Any) -> dict[str, Any]:
-    """The leaves by path: a flat dict, in which no empty container is left for orbax to judge."""
-    return dict(zip(_keys(state), jax.tree.leaves(state), strict=True))
+def _flat(state: Any) -> dict[str, Any]:
+    """The leaves by path, without empty containers; random keys as their words."""
+    return {
+        name: _words(leaf) if _is_random_key(leaf) else leaf
+        for name, leaf in zip(_keys(state), jax.tree.leaves(state), strict=True)
+    }
+
+
+def _like(target: Any, flat: Mapping[str, Any]) -> Any:
+    """The inverse of ``_flat``."""
+    leaves = [
+        jax.random.wrap_key_data(flat[name]) if _is_random_key(leaf) else flat[name]
+        for name, leaf in zip(_keys(target), jax.tree.leaves(target), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def _is_random_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _words(key: Any) -> Any:
+    if isinstance(key, jax.Array):
+        return jax.random.key_data(key)
+    words = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=key.sharding)

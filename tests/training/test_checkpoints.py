@@ -15,6 +15,7 @@ import pytest
 import small_runs
 import tiny
 from mmljax.errors import Unreachable, UserError
+from mmljax.runs.throughput import Compilations
 from mmljax.training import checkpoints
 from mmljax.training.checkpoints import Checkpoints, PartialCheckpoint, steps_in
 from mmljax.training.state import real_rows
@@ -40,6 +41,19 @@ def move(folder: Path, state: Any, target: Any, rows: Any) -> Any:
         return saved.restore(target, rows=rows)
     finally:
         saved.close()
+
+
+def test_saving_compiles_nothing(tmp_path: Path) -> None:
+    """There is no program for each shape and device, as orbax's default has."""
+    mesh = jax.make_mesh((8,), ("devices",))
+    copied = jax.NamedSharding(mesh, jax.P())
+    state = {f"w{n}": jax.device_put(np.ones((8, n), np.float32), copied) for n in range(3, 9)}
+    counter = Compilations()
+    try:
+        move(tmp_path, state, state, None)
+    finally:
+        counter.close()
+    assert counter.count == 0, counter.last
 
 
 def plain(state: Any) -> dict[str, np.ndarray]:
