@@ -118,6 +118,7 @@ def run_quickstart(folder: Path) -> Quickstart:
                     f"--config.data.directory={folder / 'images'}",
                 ),
                 cwd=ROOT,
+                env=environment(XLA_FLAGS=""),
                 capture_output=True,
                 text=True,
                 timeout=900,

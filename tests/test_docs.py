@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mmljax
 import small_runs
@@ -131,3 +133,16 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
         "exported/receipt.json",
     ):
         assert (tmp_path / name).stat().st_size
+
+
+def test_files_for_indexes_and_services_agree_with_the_package() -> None:
+    root = small_runs.ROOT
+    package = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert citation["license"] == package["license"]
+    assert citation["preferred-citation"]["title"] in (root / "README.md").read_text()
+    workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["ci"]["steps"]
+    assert steps[-1]["run"] == ".ci/run"
+    (python,) = [step["with"]["python-version"] for step in steps if "with" in step]
+    assert package["requires-python"] == f">={python}"
