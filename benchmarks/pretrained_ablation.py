@@ -447,6 +447,7 @@ def finetune(options: argparse.Namespace) -> None:
                 "data.image_size": options.image_size,
                 "data.resize_size": options.image_size,
                 "duration": f"{options.steps} steps",
+                "optimizer.warmup": f"{options.steps // 4} steps",
                 "evaluation.every": f"{options.steps} steps",
             }
             config = make_config("finetune", row, setting, own, seed=seed)
@@ -470,8 +471,8 @@ def main() -> None:
             study.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
             study.add_argument("--rows", nargs="+", help="only these")
         else:
-            study.add_argument("--image-size", type=int, default=112)
-            study.add_argument("--steps", type=int, default=200)
+            study.add_argument("--image-size", type=int, default=96)
+            study.add_argument("--steps", type=int, default=100)
             study.add_argument("--seeds", type=int, default=5)
     ablation_table.add_table_command(commands)
     options = parser.parse_args()
