@@ -656,18 +656,27 @@ def embeddings(random: Random, folder: Path) -> Attempt:
     from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
 
     names, labels = np.array(["a", "b", "c"]), np.array([0, 1, 2], np.int32)
-    table = embeddings_table(names, labels, np.eye(3, 4, dtype=np.float32))
-    made: Any = {"format": FORMAT, "embedding_size": 4, "rows": 3}
+    dtype = pick(random, ["float32", "int8", "binary"])
+    table = embeddings_table(names, labels, np.eye(3, 4, dtype=np.float32), dtype=dtype)
+    made: Any = {"format": FORMAT, "embedding_size": 4, "rows": 3, "dtype": dtype}
     kind = int(random.integers(6))
     if kind == 0:
-        table = table.drop_columns([pick(random, ["id", "label", "embedding"])])
+        table = table.drop_columns([pick(random, table.column_names)])
     elif kind == 1:
         made = made | {"embedding_size": pick(random, [5, 0, -4, "4", None, 2**40])}
     elif kind == 2:
-        made = pick(random, [{}, [], None, "text", {"format": FORMAT}, {"format": "other"}])
+        other = {"dtype": pick(random, ["int4", None, 8, "binary", "int8", "float32"])}
+        made = pick(
+            random, [{}, [], None, "text", {"format": FORMAT}, {"format": "o"}, made | other]
+        )
     elif kind == 3:
         column = pick(random, [pa.array(["x"] * 3), pa.array([[1.0], [2.0], [3.0]]), pa.nulls(3)])
         table = table.set_column(2, "embedding", column)
+        if dtype != "float32":
+            numbers = pick(random, [[np.nan, 0, 1], [-1, 0, 1], [None, 0, 1], [0, 1, np.inf]])
+            table = embeddings_table(names, labels, np.eye(3, 4, dtype=np.float32), dtype=dtype)
+            place = table.column_names.index(name := pick(random, ["scale", "error"]))
+            table = table.set_column(place, name, pa.array(numbers, pa.float32()))
     text = json.dumps(made)
     if kind == 4:
         text = pick(random, [cut(random, text.encode()).decode(), "", "{", "\0"])

@@ -2,8 +2,9 @@
 
     mmljax embed RUN --images photos/ --output photos.parquet
 
-The columns are id, label and embedding. The same command resumes where it was interrupted, and
-makes the same file. Memory holds the list of images and the embeddings of one part.
+The columns are id, label and embedding; --dtype int8 and binary add small copies of the vectors,
+which mmljax search then reads in place of them. The same command resumes where it was interrupted,
+and makes the same file. Memory holds the list of images and the embeddings of one part.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=shared.local_path, required=True, help="Parquet file to write"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "int8", "binary"),
+        default="float32",
+        help="of the vectors that a search reads; int8 and binary are kept beside float32",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
         source=f"split {options.split}" if options.split else "images",
         rows_per_part=options.rows_per_part,
         skip_corrupt=options.skip_corrupt,
+        dtype=options.dtype,
     )
     if done is None:
         text = f"{options.output} is complete already"

@@ -2,8 +2,11 @@
 
     mmljax search RUN --embeddings photos.parquet --images query.jpg
 
-The search is exact. Memory holds one part of the queries and one chunk of the gallery, however
-large the gallery is. The same command with --output resumes where it was interrupted.
+The search of float32 embeddings is exact. In a file of embed --dtype int8 or binary, --rescore N
+scores the N best of each query again with float32, and prints for how many queries the answers are
+proved to be those of the float32 search. Memory holds one part of the queries and one chunk of the
+gallery, however large the gallery is. The same command with --output resumes where it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -35,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--k", type=shared.at_least(1), default=10, help="answers per query; default 10"
     )
     parser.add_argument(
+        "--rescore",
+        type=shared.at_least(1),
+        metavar="N",
+        help="score the N best int8 or binary vectors of each query again with float32",
+    )
+    parser.add_argument(
         "--output",
         type=shared.local_path,
         default=STDOUT,
@@ -55,7 +64,9 @@ def run(options: argparse.Namespace) -> int:
 
     made_from = read_metadata(options.embeddings)
     trained = embed.load(options.run, step=options.step)
-    search.check_fit(made_from, trained, k=options.k, where=options.embeddings)
+    search.check_fit(
+        made_from, trained, k=options.k, rescore=options.rescore, where=options.embeddings
+    )
     if differing := search.differences(made_from, trained):
         text = f"{options.embeddings} was made by another network ({'; '.join(differing)})"
         if not options.force:
@@ -64,16 +75,25 @@ def run(options: argparse.Namespace) -> int:
     queries = embed.chosen_images(trained, images=options.images, split=options.split)
     settings = {
         "k": options.k,
+        "rescore": options.rescore,
         "rows_per_part": options.rows_per_part,
         "skip_corrupt": options.skip_corrupt,
     }
+    count = proved = 0
     if options.output != STDOUT:
         new = search.write_answers(trained, queries, options.embeddings, options.output, **settings)
-        state = "" if new else ", complete already"
+        state = ", complete already" if new is None else ""
         print(printable(f"answers in {options.output}{state}"), file=sys.stderr)
-        return 0
-    for answers in search.answers(trained, queries, options.embeddings, **settings):
-        print(_table(answers.to_pylist()), flush=True)
+        count, proved = new or (0, 0)
+    else:
+        for answers in search.answers(trained, queries, options.embeddings, **settings):
+            print(_table(answers.to_pylist()), flush=True)
+            if options.rescore is not None:
+                part = search.count_proved(answers, k=options.k)
+                count, proved = count + part[0], proved + part[1]
+    if count:
+        text = f"{proved} of {count} queries are proved to have the answers of the float32 search"
+        print(text, file=sys.stderr)
     return 0
 
 
@@ -82,5 +102,6 @@ def _table(answers: list[dict[str, Any]]) -> str:
     for row in answers:
         label = "-" if row["label"] is None else str(row["label"])
         similarity = f"{row['similarity']:.4f}"
-        rows.append([row["query"], str(row["rank"]), similarity, row["id"], label])
+        proved = [{True: "yes", False: "no"}[row["proved"]]] if "proved" in row else []
+        rows.append([row["query"], str(row["rank"]), similarity, row["id"], label, *proved])
     return text_table([[printable(cell) for cell in row] for row in rows], left=(0, 3))

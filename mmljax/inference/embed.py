@@ -21,7 +21,7 @@ from mmljax.data.readers.image_files import list_images
 from mmljax.errors import UserError
 from mmljax.inference import embedder
 from mmljax.inference.embedder import TrainedEmbedder
-from mmljax.inference.embedding_file import FORMAT, embeddings_table
+from mmljax.inference.embedding_file import FLOAT32, FORMAT, embeddings_table
 from mmljax.inference.parquet_parts import Parts
 from mmljax.retrieval.evaluate import embed_batches
 from mmljax.types import Batch, Split
@@ -205,6 +205,7 @@ def write_embeddings(
     source: str,
     rows_per_part: int,
     skip_corrupt: bool,
+    dtype: str = FLOAT32,
 ) -> tuple[int, int] | None:
     """Write a file of embeddings (:mod:`mmljax.inference.embedding_file`), or resume writing it.
 
@@ -215,6 +216,7 @@ def write_embeddings(
       source: what the images are, for the metadata.
       rows_per_part: images between two saves.
       skip_corrupt: whether to leave out images that cannot be decoded.
+      dtype: of the vectors that a search reads: float32, or int8 or binary beside float32.
 
     Returns:
       The numbers of images in the file and left out; None if the file was complete before.
@@ -232,6 +234,7 @@ def write_embeddings(
         "batch": trained.config.data.eval_batch_size,
         "rows_per_part": rows_per_part,
         "skip_corrupt": skip_corrupt,
+        "dtype": dtype,
     }
     with Parts(output, identity) as parts:
         if parts.finished:
@@ -239,7 +242,8 @@ def write_embeddings(
         for number, kept, vectors in embedded_parts(
             trained, split, rows_per_part=rows_per_part, skip_corrupt=skip_corrupt, skip=parts.has
         ):
-            parts.write(number, embeddings_table(kept.names, kept.labels, vectors))
+            table = embeddings_table(kept.names, kept.labels, vectors, dtype=dtype)
+            parts.write(number, table)
         total = count_parts(trained, split, rows_per_part=rows_per_part)
         count = sum(map(parts.rows, range(total)))
         if not count:

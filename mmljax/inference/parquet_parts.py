@@ -104,11 +104,11 @@ class Parts:
         from pyarrow import parquet
 
         text = json.dumps({**self._identity, **(facts or {})})
-        schema = self._read(0).schema.with_metadata({METADATA: text.encode()})
+        schema = self.read(0).schema.with_metadata({METADATA: text.encode()})
 
         def write(path: Path) -> None:
             with parquet.ParquetWriter(path, schema) as writer:
-                for table in map(self._read, range(count)):
+                for table in map(self.read, range(count)):
                     writer.write_table(table, row_group_size=max(1, table.num_rows))
 
         self._finish(write)
@@ -118,7 +118,7 @@ class Parts:
 
         def write(path: Path) -> None:
             with path.open("w", encoding="utf-8") as file:
-                for table in map(self._read, range(count)):
+                for table in map(self.read, range(count)):
                     for row in table.to_pylist():
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -131,7 +131,8 @@ class Parts:
             (self._folder / _MANIFEST).unlink()  # first: without it the parts are stale
             shutil.rmtree(self._folder)
 
-    def _read(self, number: int) -> Any:
+    def read(self, number: int) -> Any:
+        """A part that is complete."""
         from pyarrow import parquet
 
         with self._reading(number) as path:

@@ -1,4 +1,9 @@
-"""Exact nearest neighbours of query images in a file of embeddings, as tables or a file."""
+"""Nearest neighbours of query images in a file of embeddings, as tables or a file.
+
+The search of float32 embeddings is exact. That of int8 or binary ones is as exact as these; with
+``rescore``, the best of them are scored again with float32 embeddings, and each query says whether
+its answers are proved to be those of the float32 search.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +13,39 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from mmljax.errors import UserError
 from mmljax.inference import embed
 from mmljax.inference.embedder import TrainedEmbedder
-from mmljax.inference.embedding_file import Gallery, read_gallery, read_metadata
+from mmljax.inference.embedding_file import (
+    FLOAT32,
+    Gallery,
+    dtype_of,
+    read_gallery,
+    read_metadata,
+)
 from mmljax.inference.parquet_parts import Parts
+from mmljax.retrieval.rescoring import rescored_nearest_neighbors
 from mmljax.retrieval.streaming import streamed_nearest_neighbors
+from mmljax.retrieval.top_k import Neighbors
 from mmljax.types import Split
 
 COLUMNS = ("query", "rank", "similarity", "id", "label")
+PROVED = "proved"
+"""One more column of rescored answers."""
 
 CHUNK = 32768  # gallery rows on the device at once
 _COMPARED = ("config", "step", "weights", "image_size", "resize_size", "embedding_size")
 
 
 def search(
-    gallery: Gallery, names: np.ndarray, vectors: Float[np.ndarray, "q d"], *, k: int
+    gallery: Gallery,
+    names: np.ndarray,
+    vectors: Float[np.ndarray, "q d"],
+    *,
+    k: int,
+    rescore: int | None = None,
 ) -> Any:
     """The nearest images of queries, best first, as a ``pyarrow.Table`` of ``COLUMNS``.
 
@@ -34,33 +54,65 @@ def search(
       names: ``[q]`` of the queries.
       vectors: the queries' embeddings.
       k: answers per query; equal similarities are in the order of the gallery.
+      rescore: how many candidates are scored with float32 vectors; adds the column ``proved``.
     """
     import pyarrow as pa
 
+    similarity, indices = np.zeros(0, np.float32), np.zeros(0, np.int32)
+    certain = np.zeros(0, bool)
     if len(names):
-        queries = jnp.asarray(vectors)
-        found = streamed_nearest_neighbors(queries, gallery.vectors, k=k, chunk=CHUNK, unit=True)
+        found, certain = _found(gallery, vectors, k=k, rescore=rescore)
         similarity, indices = (np.asarray(x).ravel() for x in found)
-    else:
-        similarity, indices = np.zeros(0, np.float32), np.zeros(0, np.int32)
-    columns = (
-        pa.array([str(name) for name in names for _ in range(k)], pa.string()),
-        pa.array(np.tile(np.arange(1, k + 1, dtype=np.int32), len(names))),
-        pa.array(similarity),
-        gallery.ids.take(pa.array(indices)),
-        gallery.labels.take(pa.array(indices)),
-    )
-    return pa.table(dict(zip(COLUMNS, columns, strict=True)))
+    columns = {
+        "query": pa.array([str(name) for name in names for _ in range(k)], pa.string()),
+        "rank": pa.array(np.tile(np.arange(1, k + 1, dtype=np.int32), len(names))),
+        "similarity": pa.array(similarity),
+        "id": gallery.ids.take(pa.array(indices)),
+        "label": gallery.labels.take(pa.array(indices)),
+    }
+    if rescore is not None:
+        columns[PROVED] = pa.array(np.repeat(certain, k))
+    return pa.table(columns)
 
 
-def check_fit(made_from: dict[str, Any], trained: TrainedEmbedder, *, k: int, where: Path) -> None:
-    """Refuse more answers than the file has rows, and embeddings of another size.
+def _found(
+    gallery: Gallery, vectors: Float[np.ndarray, "q d"], *, k: int, rescore: int | None
+) -> tuple[Neighbors, Bool[np.ndarray, " q"]]:
+    """Neighbours in the vectors that the file is searched by, and which of them are proved."""
+    if gallery.codes is not None and rescore is not None:
+        assert gallery.vectors is not None
+        candidates = min(rescore, len(gallery.vectors))
+        return rescored_nearest_neighbors(
+            vectors, gallery.codes, gallery.vectors, k=k, candidates=candidates, chunk=CHUNK
+        )
+    searched = gallery.vectors if gallery.codes is None else gallery.codes
+    assert searched is not None
+    found = streamed_nearest_neighbors(jnp.asarray(vectors), searched, k=k, chunk=CHUNK, unit=True)
+    return found, np.full(len(vectors), gallery.codes is None)
+
+
+def check_fit(
+    made_from: dict[str, Any],
+    trained: TrainedEmbedder,
+    *,
+    k: int,
+    rescore: int | None,
+    where: Path,
+) -> None:
+    """Refuse numbers of answers and candidates that do not fit, and embeddings of another size.
 
     Raises:
       UserError: with what was found.
     """
     if k > made_from["rows"]:
         raise UserError(f"--k={k} is more than the {made_from['rows']} rows of {where}; lower --k")
+    if rescore is not None and rescore < k:
+        raise UserError(f"--rescore={rescore} is below --k={k}; name at least {k} candidates")
+    if rescore is not None and dtype_of(made_from) == FLOAT32:
+        raise UserError(
+            f"--rescore={rescore}: {where} holds float32 embeddings alone, whose search is exact; "
+            "omit it, or make the file by mmljax embed --dtype int8"
+        )
     ours, theirs = trained.identity["embedding_size"], made_from["embedding_size"]
     if ours != theirs:
         raise UserError(
@@ -84,15 +136,21 @@ def answers(
     gallery: Path,
     *,
     k: int,
+    rescore: int | None,
     rows_per_part: int,
     skip_corrupt: bool,
 ) -> Iterator[Any]:
     """The tables of :func:`search`, one for each part of the queries."""
-    opened = read_gallery(gallery)
+    opened = read_gallery(gallery, exact=rescore is not None)
     for _, kept, vectors in embed.embedded_parts(
         trained, queries, rows_per_part=rows_per_part, skip_corrupt=skip_corrupt, progress=False
     ):
-        yield search(opened, kept.names, vectors, k=k)
+        yield search(opened, kept.names, vectors, k=k, rescore=rescore)
+
+
+def count_proved(table: Any, *, k: int) -> tuple[int, int]:
+    """The queries of rescored answers, and how many are proved to be those of float32."""
+    return table.num_rows // k, int(np.sum(table[PROVED].to_numpy())) // k
 
 
 def write_answers(
@@ -102,10 +160,11 @@ def write_answers(
     output: Path,
     *,
     k: int,
+    rescore: int | None,
     rows_per_part: int,
     skip_corrupt: bool,
-) -> bool:
-    """Write the answers to all queries into a file, or resume writing it; False if it was complete.
+) -> tuple[int, int] | None:
+    """Write the answers to all queries into a file, or resume writing it.
 
     Args:
       trained: the network.
@@ -113,8 +172,12 @@ def write_answers(
       gallery: the file of embeddings.
       output: ``.parquet``; any other name becomes a file of one JSON object per line.
       k: answers per query.
+      rescore: as :func:`search`.
       rows_per_part: queries between two saves.
       skip_corrupt: whether to leave out queries that cannot be decoded.
+
+    Returns:
+      The sums of :func:`count_proved`, zeros if nothing is rescored; None if the file was complete.
 
     Raises:
       UserError: as :func:`mmljax.inference.embed.write_embeddings`, and if the gallery cannot be
@@ -127,18 +190,23 @@ def write_answers(
         "queries": len(queries.labels),
         "digest": embed.images_digest(queries),
         "k": k,
+        "rescore": rescore,
         "batch": trained.config.data.eval_batch_size,
         "rows_per_part": rows_per_part,
         "skip_corrupt": skip_corrupt,
     }
     with Parts(output, identity) as parts:
         if parts.finished:
-            return False
-        opened = read_gallery(gallery)
+            return None
+        opened = read_gallery(gallery, exact=rescore is not None)
         for number, kept, vectors in embed.embedded_parts(
             trained, queries, rows_per_part=rows_per_part, skip_corrupt=skip_corrupt, skip=parts.has
         ):
-            parts.write(number, search(opened, kept.names, vectors, k=k))
+            parts.write(number, search(opened, kept.names, vectors, k=k, rescore=rescore))
         total = embed.count_parts(trained, queries, rows_per_part=rows_per_part)
+        counts = np.zeros(2, int)
+        if rescore is not None:
+            for number in range(total):
+                counts += count_proved(parts.read(number), k=k)
         (parts.join if output.suffix == ".parquet" else parts.join_lines)(total)
-    return True
+    return int(counts[0]), int(counts[1])

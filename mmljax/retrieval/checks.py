@@ -10,7 +10,7 @@ of length 2; embed the images again
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,17 @@ AnyArray = np.ndarray | Array
 
 _BLOCK = 4096  # rows checked at once
 _TOLERANCE = 0.02  # of a squared length: float16 and bfloat16 vectors of unit length pass
+
+UNIT_LENGTH = (1 + _TOLERANCE) ** 0.5
+"""The largest length of a vector that counts as one of unit length."""
+
+
+class Matrix(Protocol):
+    """What has the shape of one embedding per row: arrays, and codes of embeddings."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows, and numbers of a row."""
 
 
 def check_embeddings(
@@ -89,8 +100,8 @@ def check_labels(vectors: AnyArray | None, labels: AnyArray | None, *, name: str
 
 
 def check_search(
-    queries: AnyArray,
-    gallery: AnyArray,
+    queries: Matrix,
+    gallery: Matrix,
     *,
     k: int,
     chunk: int,
@@ -101,7 +112,7 @@ def check_search(
     Raises:
       UserError: with the sizes.
     """
-    if queries.ndim != 2 or gallery.ndim != 2:
+    if len(queries.shape) != 2 or len(gallery.shape) != 2:
         raise UserError(
             f"queries and gallery must be matrices with one embedding per row, found shapes "
             f"{queries.shape} and {gallery.shape}"

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
+from numpy.typing import DTypeLike
 
 from mmljax.retrieval.checks import check_embeddings, check_search
+from mmljax.retrieval.quantization import Codes, decode
 from mmljax.retrieval.search import CHUNK, QUERY_BLOCK
 from mmljax.retrieval.top_k import (
     WIDTH,
@@ -29,7 +31,7 @@ from mmljax.retrieval.top_k import (
 
 def streamed_nearest_neighbors(
     queries: Float[Array, "q d"],
-    gallery: Float[np.ndarray, "g d"],
+    gallery: Float[np.ndarray, "g d"] | Codes,
     *,
     k: int,
     chunk: int = CHUNK,
@@ -54,11 +56,12 @@ def streamed_nearest_neighbors(
 
     Args:
       queries: finite embeddings, few enough for the device.
-      gallery: embeddings to search, of any floating type: an array, or one mapped from a file.
+      gallery: embeddings to search, of any floating type: an array, or one mapped from a file; or
+        their codes, which are decoded on the device.
       k: neighbours per query.
       chunk: gallery rows on the device at once, rounded up to a multiple of 128 that holds ``k``.
       self_index: each query's own row of the gallery, which is excluded from its search.
-      unit: refuse gallery and query rows that are not of unit length.
+      unit: refuse query rows, and gallery rows other than codes, that are not of unit length.
 
     Returns:
       Similarities in falling order and gallery indices, ``[q k]`` each, on the device.
@@ -67,10 +70,11 @@ def streamed_nearest_neighbors(
       UserError: the gallery has fewer than ``k`` rows to find, ``k`` or ``chunk`` is below 1, the
         embedding sizes differ, or an embedding is not finite or, with ``unit``, not of unit length.
     """
-    gallery = np.asarray(gallery)
+    if not isinstance(gallery, Codes):
+        gallery = np.asarray(gallery)
     check_search(queries, gallery, k=k, chunk=chunk, self_index=self_index)
     check_embeddings(queries, name="query", unit=unit)
-    rows, count = len(gallery), len(queries)
+    rows, count = gallery.shape[0], len(queries)
     width = round_up(max(min(chunk, rows), k), WIDTH)
     blocks, block = block_rows(count, QUERY_BLOCK)
 
@@ -83,8 +87,7 @@ def streamed_nearest_neighbors(
         jnp.full((blocks, block, k), -jnp.inf, jnp.float32),
         jnp.zeros((blocks, block, k), jnp.int32),
     )
-    for first, part in _parts(gallery, width):
-        check_embeddings(part[: rows - first], name="gallery", unit=unit, first=first)
+    for first, part in _parts(gallery, width, unit=unit):
         on_device = jax.device_put(part)  # while the previous part is still being searched
         jax.block_until_ready(best)  # else the host would fill the device with parts
         best = _search_part(best, queries, own, on_device, first, rows, k=k)
@@ -93,30 +96,52 @@ def streamed_nearest_neighbors(
 
 @functools.partial(jax.jit, static_argnames="k")
 def _search_part(
-    best: Neighbors, queries: Array, own: Array, part: Array, first: Array, rows: Array, *, k: int
+    best: Neighbors,
+    queries: Array,
+    own: Array,
+    part: Array | tuple[Array, Array],
+    first: Array,
+    rows: Array,
+    *,
+    k: int,
 ) -> Neighbors:
     """Merge the best so far with those of one part of the gallery, for all query blocks."""
+    gallery = decode(*part, size=queries.shape[-1]) if isinstance(part, tuple) else part
 
     def search(items: tuple[Neighbors, Array, Array]) -> Neighbors:
         best, queries, own = items
-        new = search_chunk(queries, own, part, first=first, rows=rows, k=k)
+        new = search_chunk(queries, own, gallery, first=first, rows=rows, k=k)
         return merge(best, new, k=k)
 
     return lax.map(search, (best, queries, own))
 
 
-def _parts(gallery: np.ndarray, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and float32 copy of each part; the last one is padded."""
-    for first in range(0, len(gallery), width):
-        rows = gallery[first : first + width]
-        part = np.zeros((width, gallery.shape[1]), np.float32)
-        with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
-            part[: len(rows)] = rows
-        _release(rows)
-        yield first, part
+def _parts(
+    gallery: np.ndarray | Codes, width: int, *, unit: bool
+) -> Iterator[tuple[int, np.ndarray | tuple[np.ndarray, np.ndarray]]]:
+    """First row of each part, and its float32 rows or its codes; the last part is padded."""
+    for first in range(0, gallery.shape[0], width):
+        rows = slice(first, first + width)
+        if isinstance(gallery, Codes):
+            values = _padded(gallery.values[rows], width, gallery.values.dtype)
+            yield first, (values, _padded(gallery.scale[rows], width, np.float32))
+        else:
+            part = _padded(gallery[rows], width, np.float32)
+            held = part[: len(gallery) - first]
+            check_embeddings(held, name="gallery", unit=unit, first=first)
+            yield first, part
 
 
-def _release(rows: np.ndarray) -> None:
+def _padded(rows: np.ndarray, width: int, dtype: DTypeLike) -> np.ndarray:
+    """A copy with zeros below; the pages that the rows were read from are released."""
+    part = np.zeros((width, *rows.shape[1:]), dtype)
+    with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
+        part[: len(rows)] = rows
+    release_pages(rows)
+    return part
+
+
+def release_pages(rows: np.ndarray) -> None:
     """Release the pages of a file that were read into memory with these rows of a mapped array.
 
     They stay in the system's cache while it has room. No value is lost: only maps that are

@@ -24,6 +24,9 @@ WIDTH = 128
 CPU_ROWS = 32
 """Rows of a query block per call of top-k on CPU; query blocks are multiples of it."""
 
+TOGETHER = 8
+"""Queries that share a product with their candidates: fewer would be rounded in another way."""
+
 _SMALLEST_GROUP = 8  # below it, finding the best groups costs more than it spares
 
 _Result = TypeVar("_Result", bound=tuple)
@@ -112,6 +115,29 @@ def best_of(found: Neighbors, *, k: int) -> Neighbors:
     return Neighbors(
         value, jnp.take_along_axis(found.indices, place, axis=1, mode="promise_in_bounds")
     )
+
+
+def best_candidates(
+    queries: Float[Array, "t d"],
+    rows: Float[Array, "r d"],
+    candidates: Int[Array, "t m"],
+    *,
+    k: int,
+) -> Neighbors:
+    """The k best of each query's own candidates, of ``TOGETHER`` queries.
+
+    One product with the candidates of all of them rounds as a product with the whole gallery does.
+
+    Args:
+      queries: the queries.
+      rows: of the gallery, those of all candidates in turn; more may follow.
+      candidates: their indices, rising along each row, so that the lower index comes first on ties.
+      k: neighbours per query.
+    """
+    count, each = candidates.shape
+    similarity = similarity_matrix(queries, rows)[:, : count * each].reshape(count, count, each)
+    query = jnp.arange(count)
+    return best_of(Neighbors(similarity[query, query], candidates), k=k)
 
 
 def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:

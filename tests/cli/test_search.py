@@ -18,6 +18,7 @@ from mmljax.errors import UserError
 from mmljax.inference import embed, embedder, search
 from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
 from mmljax.inference.parquet_parts import METADATA
+from mmljax.retrieval.quantization import decode, quantize
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +141,72 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     ask(saved_run.folder, gallery, small, "--output", path)
     assert calls == [16, 8, 8]
     assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.fixture(scope="module", params=["int8", "binary"])
+def small_gallery(request, saved_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gallery") / f"{request.param}.parquet"
+    arguments = "embed", saved_run.folder, "--split=gallery", "--rows-per-part=16"
+    run(*arguments, "--output", path, f"--dtype={request.param}")
+    with pytest.raises(UserError, match=f"dtype: '{request.param}' -> 'float32'"):
+        run(*arguments, "--output", path)
+    return path
+
+
+def test_a_small_gallery_holds_what_a_plain_one_holds_and_its_codes(gallery, small_gallery):
+    plain, small = parquet.read_table(gallery), parquet.read_table(small_gallery)
+    assert small.column_names == [*plain.column_names, "code", "scale", "error"]
+    assert small.select(plain.column_names).cast(plain.schema).equals(plain)
+    vectors = np.array(plain["embedding"].to_pylist(), np.float32)
+    codes = quantize(vectors, dtype=small_gallery.stem)
+    opened = read_gallery(small_gallery)
+    assert opened.vectors is None
+    assert isinstance(opened.codes.values, np.memmap)
+    for name in ("values", "scale", "error"):
+        np.testing.assert_array_equal(getattr(opened.codes, name), getattr(codes, name))
+
+
+def test_rescored_answers_are_those_of_float32_and_say_what_is_proved(
+    saved_run, gallery, small_gallery, tmp_path, monkeypatch, capsys
+):
+    def rows(name: str, searched: Path, *more: str) -> list[dict]:
+        path = tmp_path / name
+        ask(saved_run.folder, searched, *more, "--rows-per-part=16", "--output", path)
+        return parquet.read_table(path).to_pylist()
+
+    plain = rows("plain.parquet", gallery)
+    whole = rows("whole.parquet", small_gallery, "--rescore=1000")
+    assert "24 of 24 queries are proved" in capsys.readouterr().err
+    assert whole == [row | {"proved": True} for row in plain]
+
+    alone = rows("alone.parquet", small_gallery)
+    assert "proved" not in alone[0]
+    opened = read_gallery(small_gallery)
+    decoded = decode(opened.codes.values, opened.codes.scale, size=opened.codes.size)
+    dataset = load.load_dataset(saved_run.config)
+    queries, _ = saved.own_embeddings(saved_run, dataset.query, step=5)
+    _, similarity = slow_search(queries, np.asarray(decoded), k=4)
+    np.testing.assert_allclose([row["similarity"] for row in alone], similarity.ravel(), atol=1e-6)
+
+    few = rows("few.parquet", small_gallery, "--rescore=6")
+    proved = sum(row["proved"] for row in few) // 4
+    assert f"{proved} of 24 queries are proved" in capsys.readouterr().err
+    for ours, theirs in zip(few, plain, strict=True):
+        assert not ours["proved"] or ours == theirs | {"proved": True}
+    with pytest.raises(UserError, match="rescore: 6 -> 7"):
+        rows("few.parquet", small_gallery, "--rescore=7")
+    ask(saved_run.folder, small_gallery, "--rescore=6")
+    shown = capsys.readouterr()
+    assert f"{proved} of 24 queries are proved" in shown.err
+    words = [line.split()[-1] for line in shown.out.splitlines()]
+    assert words == ["proved", *("yes" if row["proved"] else "no" for row in few)]
+
+
+def test_what_cannot_be_rescored(saved_run, gallery, small_gallery):
+    with pytest.raises(UserError, match="--rescore=3 is below --k=4"):
+        ask(saved_run.folder, small_gallery, "--rescore=3")
+    with pytest.raises(UserError, match="--rescore=9: .* float32 embeddings alone.*--dtype int8"):
+        ask(saved_run.folder, gallery, "--rescore=9")
 
 
 def test_embeddings_of_another_step_are_refused_unless_forced(saved_run, gallery, capsys):
