@@ -26,6 +26,13 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def share(text: str) -> float:
+    """An argparse type: a number above 0 and below 1."""
+    if not 0 < (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, found {text}")
+    return value
+
+
 def place(text: str) -> Path | str:
     """An argparse type: a path, or as it stands an address such as ``gs://bucket/run``."""
     return text if "://" in text else Path(text)

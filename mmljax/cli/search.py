@@ -6,7 +6,8 @@ The search of float32 embeddings is exact. In a file of embed --dtype int8 or bi
 scores the N best of each query again with float32, and prints for how many queries the answers are
 proved to be those of the float32 search. Memory holds one part of the queries and one chunk of the
 gallery, however large the gallery is. The same command with --output resumes where it was
-interrupted.
+interrupted. With --threshold, answers below it are left out, and a query without an answer has
+"no match".
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score the N best int8 or binary vectors of each query again with float32",
     )
     parser.add_argument(
+        "--threshold",
+        metavar="T",
+        help="least similarity of an answer: a number, or the file that mmljax threshold wrote",
+    )
+    parser.add_argument(
         "--output",
         type=shared.local_path,
         default=STDOUT,
@@ -67,17 +73,17 @@ def run(options: argparse.Namespace) -> int:
     search.check_fit(
         made_from, trained, k=options.k, rescore=options.rescore, where=options.embeddings
     )
-    if differing := search.differences(made_from, trained):
-        text = f"{options.embeddings} was made by another network ({'; '.join(differing)})"
-        if not options.force:
-            raise UserError(f"{text}; embed the images again with this run, or add --force")
-        print(printable(f"warning: {text}"), file=sys.stderr)
+    _refuse_others(options, options.embeddings, search.differences(made_from, trained))
+    threshold, chosen_for = _threshold(options.threshold)
+    if chosen_for is not None:
+        _refuse_others(options, options.threshold, search.differences(chosen_for, trained))
     queries = embed.chosen_images(trained, images=options.images, split=options.split)
     settings = {
         "k": options.k,
         "rescore": options.rescore,
         "rows_per_part": options.rows_per_part,
         "skip_corrupt": options.skip_corrupt,
+        "threshold": threshold,
     }
     count = proved = 0
     if options.output != STDOUT:
@@ -89,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         for answers in search.answers(trained, queries, options.embeddings, **settings):
             print(_table(answers.to_pylist()), flush=True)
             if options.rescore is not None:
-                part = search.count_proved(answers, k=options.k)
+                part = search.count_proved(answers)
                 count, proved = count + part[0], proved + part[1]
     if count:
         text = f"{proved} of {count} queries are proved to have the answers of the float32 search"
@@ -97,11 +103,38 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_others(options: argparse.Namespace, file: Path | str, differing: list[str]) -> None:
+    """Refuse a file of another network, or warn with ``--force``."""
+    if not differing:
+        return
+    text = f"{file} was made by another network ({'; '.join(differing)})"
+    if not options.force:
+        raise UserError(f"{text}; make it again with this run, or add --force")
+    print(printable(f"warning: {text}"), file=sys.stderr)
+
+
+def _threshold(text: str | None) -> tuple[float | None, dict[str, Any] | None]:
+    """The threshold that ``--threshold`` names, and the network it was chosen for, if known."""
+    if text is None:
+        return None, None
+    try:
+        value = float(text)
+    except ValueError:
+        from mmljax.inference.threshold import read_report
+
+        report = read_report(Path(text))
+        return report["threshold"], report["made_from"]
+    if not -1 <= value <= 1:
+        raise UserError(f"--threshold={text} is no cosine similarity; give one from -1 to 1")
+    return value, None
+
+
 def _table(answers: list[dict[str, Any]]) -> str:
     rows = [list(answers[0])] if answers else []
     for row in answers:
         label = "-" if row["label"] is None else str(row["label"])
         similarity = f"{row['similarity']:.4f}"
+        rank, name = (row["rank"], row["id"]) if row["rank"] else ("-", "no match")
         proved = [{True: "yes", False: "no"}[row["proved"]]] if "proved" in row else []
-        rows.append([row["query"], str(row["rank"]), similarity, row["id"], label, *proved])
+        rows.append([row["query"], str(rank), similarity, name, label, *proved])
     return text_table([[printable(cell) for cell in row] for row in rows], left=(0, 3))

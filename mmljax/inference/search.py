@@ -46,8 +46,12 @@ def search(
     *,
     k: int,
     rescore: int | None = None,
+    threshold: float | None = None,
 ) -> Any:
     """The nearest images of queries, best first, as a ``pyarrow.Table`` of ``COLUMNS``.
+
+    A query without an answer at or above the threshold has one row, with the similarity of its
+    nearest image, in which rank, id and label are null.
 
     Args:
       gallery: the embeddings to search.
@@ -55,23 +59,30 @@ def search(
       vectors: the queries' embeddings.
       k: answers per query; equal similarities are in the order of the gallery.
       rescore: how many candidates are scored with float32 vectors; adds the column ``proved``.
+      threshold: answers of a lower similarity are left out.
     """
     import pyarrow as pa
 
-    similarity, indices = np.zeros(0, np.float32), np.zeros(0, np.int32)
+    similarity, indices = np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
     certain = np.zeros(0, bool)
     if len(names):
         found, certain = _found(gallery, vectors, k=k, rescore=rescore)
-        similarity, indices = (np.asarray(x).ravel() for x in found)
+        similarity, indices = map(np.asarray, found)
+    kept = similarity >= (-np.inf if threshold is None else threshold)
+    none = ~kept
+    none[:, 1:] = False  # of a query without an answer, the first row stays
+    query, rank = np.nonzero(kept | none)
+    empty = none[query, rank]
+    rows = pa.array(indices[query, rank], mask=empty)
     columns = {
-        "query": pa.array([str(name) for name in names for _ in range(k)], pa.string()),
-        "rank": pa.array(np.tile(np.arange(1, k + 1, dtype=np.int32), len(names))),
-        "similarity": pa.array(similarity),
-        "id": gallery.ids.take(pa.array(indices)),
-        "label": gallery.labels.take(pa.array(indices)),
+        "query": pa.array([str(name) for name in names[query]], pa.string()),
+        "rank": pa.array(rank.astype(np.int32) + np.int32(1), mask=empty),
+        "similarity": pa.array(similarity[query, rank]),
+        "id": gallery.ids.take(rows),
+        "label": gallery.labels.take(rows),
     }
     if rescore is not None:
-        columns[PROVED] = pa.array(np.repeat(certain, k))
+        columns[PROVED] = pa.array(certain[query])
     return pa.table(columns)
 
 
@@ -139,18 +150,20 @@ def answers(
     rescore: int | None,
     rows_per_part: int,
     skip_corrupt: bool,
+    threshold: float | None = None,
 ) -> Iterator[Any]:
     """The tables of :func:`search`, one for each part of the queries."""
     opened = read_gallery(gallery, exact=rescore is not None)
     for _, kept, vectors in embed.embedded_parts(
         trained, queries, rows_per_part=rows_per_part, skip_corrupt=skip_corrupt, progress=False
     ):
-        yield search(opened, kept.names, vectors, k=k, rescore=rescore)
+        yield search(opened, kept.names, vectors, k=k, rescore=rescore, threshold=threshold)
 
 
-def count_proved(table: Any, *, k: int) -> tuple[int, int]:
+def count_proved(table: Any) -> tuple[int, int]:
     """The queries of rescored answers, and how many are proved to be those of float32."""
-    return table.num_rows // k, int(np.sum(table[PROVED].to_numpy())) // k
+    first = np.array([rank in (1, None) for rank in table["rank"].to_pylist()], bool)
+    return int(np.sum(first)), int(np.sum(table[PROVED].to_numpy()[first]))
 
 
 def write_answers(
@@ -163,6 +176,7 @@ def write_answers(
     rescore: int | None,
     rows_per_part: int,
     skip_corrupt: bool,
+    threshold: float | None = None,
 ) -> tuple[int, int] | None:
     """Write the answers to all queries into a file, or resume writing it.
 
@@ -175,6 +189,7 @@ def write_answers(
       rescore: as :func:`search`.
       rows_per_part: queries between two saves.
       skip_corrupt: whether to leave out queries that cannot be decoded.
+      threshold: as in :func:`search`.
 
     Returns:
       The sums of :func:`count_proved`, zeros if nothing is rescored; None if the file was complete.
@@ -194,6 +209,7 @@ def write_answers(
         "batch": trained.config.data.eval_batch_size,
         "rows_per_part": rows_per_part,
         "skip_corrupt": skip_corrupt,
+        **({} if threshold is None else {"threshold": threshold}),
     }
     with Parts(output, identity) as parts:
         if parts.finished:
@@ -202,11 +218,12 @@ def write_answers(
         for number, kept, vectors in embed.embedded_parts(
             trained, queries, rows_per_part=rows_per_part, skip_corrupt=skip_corrupt, skip=parts.has
         ):
-            parts.write(number, search(opened, kept.names, vectors, k=k, rescore=rescore))
+            table = search(opened, kept.names, vectors, k=k, rescore=rescore, threshold=threshold)
+            parts.write(number, table)
         total = embed.count_parts(trained, queries, rows_per_part=rows_per_part)
         counts = np.zeros(2, int)
         if rescore is not None:
             for number in range(total):
-                counts += count_proved(parts.read(number), k=k)
+                counts += count_proved(parts.read(number))
         (parts.join if output.suffix == ".parquet" else parts.join_lines)(total)
     return int(counts[0]), int(counts[1])

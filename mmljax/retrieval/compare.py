@@ -16,9 +16,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from mmljax.errors import UserError
+from mmljax.retrieval.bootstrap import class_draws, percentile_interval
 from mmljax.retrieval.records import Records
-
-_AT_ONCE = 1 << 22  # numbers of draws held at once
 
 
 class Difference(NamedTuple):
@@ -46,8 +45,7 @@ def paired_differences(
 
     Each resample draws as many groups as there are, with replacement, and takes the mean over the
     queries of these groups (a group of more queries weighs more, as it does in the score). All
-    scores use the same draws. Source: Efron, Tibshirani, An Introduction to the Bootstrap (1993),
-    sections 8.3 (what is drawn must be independent) and 13.3 (percentile interval).
+    scores use the same draws (:mod:`mmljax.retrieval.bootstrap`).
 
     >>> a, b = np.array([[0.0], [1.0]]), np.array([[1.0], [1.0]])
     >>> (row,) = paired_differences(a, b, np.array(["x", "y"]), resamples=100, seed=0)
@@ -71,14 +69,11 @@ def paired_differences(
     a, b = a.astype(np.float64), b.astype(np.float64)
     totals = np.zeros((count, a.shape[1]))
     np.add.at(totals, place, b - a)
-    random = np.random.default_rng(seed)
-    means = []
-    for first in range(0, resamples, at_once := max(1, _AT_ONCE // count)):
-        rows = min(at_once, resamples - first)
-        draws = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
-        times = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
-        means.append(times @ totals / (times @ sizes)[:, None])
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975), axis=0)
+    means = [
+        times @ totals / (times @ sizes)[:, None]
+        for times in class_draws(count, resamples=resamples, seed=seed)
+    ]
+    low, high = percentile_interval(np.concatenate(means))
     columns = a.mean(axis=0), b.mean(axis=0), (b - a).mean(axis=0), low, high
     return [Difference(*map(float, row)) for row in zip(*columns, strict=True)]
 

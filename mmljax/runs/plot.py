@@ -163,6 +163,54 @@ def circle_figure(circles: Mapping[str, Circle]) -> Figure:
     return figure
 
 
+def threshold_figure(report: Mapping[str, Any]) -> Figure:
+    """Draw a report of :mod:`mmljax.inference.threshold` as three panels.
+
+    These are the similarities of the test pairs with the threshold; the calibration, false-match
+    rates on the test classes over those wanted, where a perfect choice is on the diagonal; and
+    both error rates against each other. The interval is that of the wanted rate.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.6, 3.6), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    similarities, calibration, errors = figure.subplots(1, 3)
+    curves = zip(("different", "matching"), _INK, strict=False)
+    for kind, (colour, line, _) in curves:
+        counts = np.array(report["histogram"][kind])
+        edges = np.linspace(-1, 1, len(counts) + 1)
+        density = counts / max(counts.sum(), 1) / np.diff(edges)
+        label = f"{kind} pairs"
+        similarities.stairs(density, edges, color=colour, linestyle=line, label=label)
+    similarities.axvline(report["threshold"], color="#d55e00", linewidth=1, label="threshold")
+    similarities.set(xlabel="similarity", ylabel="density, test classes")
+    wanted, rows = report["false_match_rate"], report["curve"]
+    rate = report["test"]["false_match_rate"]
+    low, high = rate["value"] - rate["low"], rate["high"] - rate["value"]
+    calibration.errorbar(
+        wanted, rate["value"], [[low], [high]], color="#d55e00", marker="o", capsize=3
+    )
+    targets = [row["wanted"] for row in rows]
+    calibration.plot(targets, targets, color="#8c8c8c", linestyle=":", label="as wanted")
+    for part, (colour, line, marker) in zip(("chosen_on", "test"), _INK, strict=False):
+        rates = [
+            [row[part][f"false_{kind}_rate"] for row in rows] for kind in ("match", "non_match")
+        ]
+        style: Any = {"color": colour, "linestyle": line, "marker": marker, "markersize": 3.5}
+        style["label"] = part.replace("_", " ")
+        calibration.plot(targets, rates[0], **style)
+        errors.plot(*rates, **style)
+    calibration.set(xlabel="wanted false-match rate", ylabel="false-match rate")
+    errors.set(xlabel="false-match rate", ylabel="false-non-match rate", xscale="log")
+    calibration.set(xscale="log", yscale="log")
+    for axes in (similarities, calibration, errors):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(which="both", labelsize=8)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def write_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as its suffix says (``.png``, ``.svg``, ``.pdf``) and return its path."""
     import matplotlib
@@ -277,7 +325,10 @@ def _literal(text: str) -> str:
 def _label(quantity: str, name: str) -> str:
     if quantity.startswith("kept_"):
         return f"{quantity.removeprefix('kept_')}, {name}"
-    return name or quantity.replace("recall", "Recall").replace("map@r", "MAP@R")
+    score = quantity.replace("recall", "Recall").replace("map@r", "MAP@R")
+    if score != quantity:
+        return f"{score}, {name}" if name else score
+    return name or quantity
 
 
 def _finish(axes: Any, axis: tuple[int, int] | str) -> None:

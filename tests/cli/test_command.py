@@ -93,7 +93,7 @@ def test_modules_that_start_the_command_line(module):
 
 WORDS = {  # valid arguments of each verb
     **{verb: [] for verb in ("train", "doctor", "sweep", "plan", "evaluate")},
-    **{verb: ["RUN"] for verb in ("page", "atlas", "interpolate")},
+    **{verb: ["RUN"] for verb in ("page", "atlas", "interpolate", "threshold")},
     "features": ["--output=x"],
     "embed": ["RUN", "--split=query", "--output=x"],
     "search": ["RUN", "--split=query", "--embeddings=x"],
@@ -132,7 +132,7 @@ def test_an_error_is_one_line_and_an_exit_code(verb, error, code, line, monkeypa
     [
         *(
             (verb, "--output")
-            for verb in ("atlas", "embed", "export", "features", "page", "search")
+            for verb in ("atlas", "embed", "export", "features", "page", "search", "threshold")
         ),
         ("interpolate", "--output"),
         ("search", "--embeddings"),

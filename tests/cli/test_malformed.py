@@ -162,6 +162,7 @@ COMMANDS = {  # the command, and what its line names
             "export": "--output {tmp}/new",
             "page": "",
             "atlas": "",
+            "threshold": "",
             "interpolate": "",
             "compare": "{long}",
         }.items()
