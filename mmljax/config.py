@@ -228,6 +228,7 @@ class EvaluationConfig:
     recall_at: tuple[Count, ...] = (1, 10, 20, 30, 40, 50)
     gallery_chunk: Count = 4096  # rows of the gallery per matrix product
     untrained: bool = True  # also score the network before the first step, and pretrained features
+    distractors: str = ""  # a folder of images of no item, which join the gallery in further scores
     geometry: bool = True  # also measure the embeddings' density and spectral decay
     clustering: bool = False  # also cluster them, for NMI and AMI: needs scikit-learn, takes long
 

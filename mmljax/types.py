@@ -61,13 +61,14 @@ class Dataset(NamedTuple):
     """Train, query and gallery splits.
 
     Training classes are 0 .. classes - 1. Query and gallery share another numbering of their
-    labels. ``gallery`` is None for self-retrieval.
+    labels. ``gallery`` is None for self-retrieval. ``distractors`` match no query.
     """
 
     train: Split
     query: Split
     gallery: Split | None
     classes: int  # of the training split
+    distractors: Split | None = None  # labels have no meaning
 
     @property
     def class_sizes(self) -> Any:

@@ -33,7 +33,7 @@ def dataset_fingerprint(dataset: Dataset) -> dict[str, Any]:
     Raises:
       UserError: if a sampled image cannot be read.
     """
-    splits = {"train": dataset.train, "query": dataset.query, "gallery": dataset.gallery}
+    splits = {name: getattr(dataset, name) for name in ("train", "query", "gallery", "distractors")}
     found: dict[str, Any] = {}
     for name, split in splits.items():
         if split is not None:

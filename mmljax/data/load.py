@@ -17,11 +17,12 @@ from mmljax.data.readers.arrays import read_arrays
 from mmljax.data.readers.csv import read_csv
 from mmljax.data.readers.features import read_features
 from mmljax.data.readers.folder import read_folder
+from mmljax.data.readers.image_files import list_images
 from mmljax.data.readers.in_shop import read_in_shop
 from mmljax.data.readers.tfds import read_tfds
 from mmljax.data.sampling import check_batch, class_index
 from mmljax.data.synthetic.dataset import read_synthetic, write_synthetic
-from mmljax.errors import require
+from mmljax.errors import UserError, require
 from mmljax.mesh import place, process_rows
 from mmljax.types import Batch, Dataset, Split
 
@@ -69,7 +70,24 @@ def load_dataset(config: Config, *, create: bool = True) -> Dataset:
     read = choose({**SOURCES, FEATURES: None}, data.source, key="config.data.source")
     if create and data.source == "synthetic":
         write_synthetic(data.directory, data.synthetic)
-    return read(data)
+    return with_distractors(read(data), config)
+
+
+def with_distractors(dataset: Dataset, config: Config) -> Dataset:
+    """The data set with the distractors that ``config.evaluation.distractors`` names, if any.
+
+    Raises:
+      UserError: if there is no image, or the data set's images are not in colour.
+    """
+    path, flag = config.evaluation.distractors, "--config.evaluation.distractors"
+    if not path or dataset.distractors is not None:
+        return dataset
+    if feature_size(dataset) or image_channels(dataset) != 3:
+        raise UserError(
+            f"{flag}={path}: files are read in colour, but the data set has features or images of "
+            f"{image_channels(dataset)} channels; leave it out"
+        )
+    return dataset._replace(distractors=list_images([path], flag=flag))
 
 
 def image_channels(dataset: Dataset) -> int:

@@ -38,7 +38,7 @@ def score_pretrained(config: Config, *, dataset: Dataset | None = None) -> dict[
             "name pretrained ones, or train"
         )
     mesh = make_mesh()
-    dataset = load.load_dataset(config) if dataset is None else dataset
+    dataset = load.with_distractors(dataset or load.load_dataset(config), config)
     check_evaluation(dataset, config)
     graphdef, *weights = make_model(
         config.model,

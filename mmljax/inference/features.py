@@ -23,6 +23,7 @@ from mmljax.config import Config, choose
 from mmljax.data import load
 from mmljax.data.fingerprint import dataset_fingerprint
 from mmljax.data.readers.features import (
+    DISTRACTORS,
     FORMAT,
     IDENTITY,
     IMAGES,
@@ -93,6 +94,7 @@ def write_features(
         "classes": dataset.classes,
         "batch": config.data.eval_batch_size,
         "images": dataset_fingerprint(dataset),
+        **({DISTRACTORS: config.evaluation.distractors} if dataset.distractors else {}),
     }
     with _Folder(output, identity) as folder:
         if folder.finished:
@@ -110,12 +112,14 @@ def _whole_images(dataset: Dataset, config: Config, *, skip: bool) -> Dataset:
         return dataset
     from mmljax.data.pipeline import decodable  # needs TensorFlow
 
-    parts = []
-    for split in (dataset.train, dataset.query, dataset.gallery):
-        if split is not None:
-            kept = rows_of(split, decodable(split, config.data))
-            parts.append(Part(*kept))
-    return make_dataset(*parts)
+    kept = {
+        name: rows_of(split, decodable(split, config.data))
+        for name, split in dataset._asdict().items()
+        if isinstance(split, Split)
+    }
+    distractors = kept.pop(DISTRACTORS, None)
+    whole = make_dataset(*(Part(*split) for split in kept.values()))
+    return whole._replace(distractors=distractors)
 
 
 def _model(config: Config, *, channels: int) -> Embedder:

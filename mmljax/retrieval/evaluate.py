@@ -94,6 +94,7 @@ def evaluate(
     embed: Callable[[Array], Array],
     query_batches: Iterable[Batch],
     gallery_batches: Iterable[Batch] | None,
+    distractor_batches: Iterable[Batch] | None = None,
     **options: Any,
 ) -> Retrieval:
     """Embed the batches and score them.
@@ -102,12 +103,15 @@ def evaluate(
       embed: images to embeddings ``[b d]``.
       query_batches: of every query image.
       gallery_batches: of every gallery image, or None for self-retrieval.
+      distractor_batches: of images that match no query, or None.
       options: as of :func:`retrieval_scores`.
 
     Raises:
       UserError: as :func:`retrieval_scores`.
     """
     queries, query_labels = embed_on_devices(embed, query_batches)
+    if distractor_batches is not None:
+        options["distractors"], _ = embed_on_devices(embed, distractor_batches)
     if gallery_batches is None:
         return retrieval_scores(queries, query_labels, None, None, **options)
     gallery, gallery_labels = embed_on_devices(embed, gallery_batches)
@@ -165,6 +169,7 @@ def retrieval_scores(
     recall_at: tuple[int, ...],
     chunk: int,
     mesh: Mesh,
+    distractors: Any | None = None,
     geometry: bool = False,
     clustering: bool = False,
 ) -> Retrieval:
@@ -187,6 +192,8 @@ def retrieval_scores(
       chunk: bounds the similarities held at once, as in
         :func:`mmljax.retrieval.search.neighbors_and_ranks`.
       mesh: the devices that share the gallery.
+      distractors: ``[n d]`` of images that match no query, or None. They add each score as it is
+        once they have joined the gallery, named as in ``recall@1/distractors``, and their number.
       geometry: whether to add ``embedding_density`` and ``spectral_decay`` of queries and gallery
         together (:mod:`mmljax.retrieval.diagnostics`).
       clustering: whether to add ``nmi`` and ``ami`` of the same.
@@ -201,22 +208,25 @@ def retrieval_scores(
     against = queries if gallery is None else gallery
     candidates = len(against) - (own is not None)
     check_recall_at(recall_at, candidates=candidates, relevant=relevant)
-    on_device = score_queries(
-        queries,
-        against,
-        query_labels,
-        gallery_labels,
-        relevant.astype(np.int32),
-        own,
+    score = functools.partial(
+        score_queries,
         recall_at=tuple(recall_at),
         k=min(max(*recall_at, int(relevant.max()), NEIGHBORS), candidates),
         chunk=chunk,
         mesh=mesh,
     )
+    counts = relevant.astype(np.int32), own
+    on_device = score(queries, against, query_labels, gallery_labels, *counts)
+    if distractors is not None:
+        joined = _joined(against, query_labels, gallery_labels, distractors)
+        among, _, _ = score(queries, joined[0], query_labels, joined[1], *counts)
+        on_device[0].update({f"{name}/distractors": value for name, value in among.items()})
     splits = [(queries, query_labels)]
     if gallery is not None:
         splits.append((gallery, gallery_labels))
     extra = _diagnostics(splits, geometry=geometry, clustering=clustering)  # during the search
+    if distractors is not None:
+        extra["distractors"] = len(distractors)
     values, neighbors, similarity = jax.tree.map(to_host, on_device)
     counted = relevant > 0
     per_query = {
@@ -232,6 +242,18 @@ def retrieval_scores(
         neighbors=neighbors,
         similarity=similarity,
     )
+
+
+def _joined(
+    gallery: Any, query_labels: Any, gallery_labels: Any, distractors: Any
+) -> tuple[Array, Int[np.ndarray, " g"]]:
+    """The gallery and its labels with distractors below, whose label no query has."""
+    check_embeddings(distractors, name="distractor", cure=_CURE)
+    labels = np.asarray(gallery_labels, np.int32)
+    taken = np.asarray(query_labels)
+    free = np.setdiff1d(np.arange(len(taken) + 1, dtype=np.int32), taken)[:1]
+    vectors = jnp.concatenate([jnp.asarray(gallery), jnp.asarray(distractors)])
+    return vectors, np.concatenate([labels, np.repeat(free, len(distractors))])
 
 
 def _checked_labels(

@@ -67,13 +67,14 @@ def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
     """What must be equal for two results to be comparable.
 
     ``data`` is a hash of the names and the grouping of query and gallery images, and depends
-    neither on their order nor on the numbering of the labels. ``images`` is a hash of the stored
-    contents of a few of them, so it tells variants of a data set apart.
+    neither on their order nor on the numbering of the labels; ``distractors``, if there are any, is
+    a hash of their names. ``images`` is a hash of the stored contents of a few queries, so it tells
+    variants of a data set apart.
 
     Raises:
       UserError: if one of these images cannot be read.
     """
-    query, gallery = dataset.query, dataset.gallery
+    query, gallery, distractors = dataset.query, dataset.gallery, dataset.distractors
     splits = [query] if gallery is None else [query, gallery]
     return {
         "data": fingerprint_names(splits),
@@ -86,6 +87,7 @@ def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
         "precision": f"{config.model.compute_dtype} network, float32 similarities",
         "lone_queries": "left out of every score, and counted",
         "ties": "irrelevant before relevant",
+        **({} if distractors is None else {"distractors": fingerprint_names([distractors])}),
     }
 
 

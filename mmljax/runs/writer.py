@@ -190,7 +190,8 @@ class Reporter:
 
 
 def _shown(scores: Mapping[str, Any]) -> list[str]:
-    return [f"{score_name(k)} {100 * scores[k]:.1f}%" for k in score_keys(scores)]
+    keys = [key for key in score_keys(scores) if "/" not in key]
+    return [f"{score_name(key)} {100 * scores[key]:.1f}%" for key in keys]
 
 
 @contextlib.contextmanager
@@ -391,8 +392,9 @@ def recall_table(networks: Mapping[str, Mapping[str, Any] | None]) -> str:
             f"order; Recall@1 in the mean order: {percent(scores.get('recall_expected@1'))}"
         )
     if {"queries", "gallery", "lone_queries"} <= scores.keys():
+        more = f" and {scores['distractors']:.0f} distractors" if "distractors" in scores else ""
         lines.append(
-            f"{scores['queries']:.0f} queries, {scores['gallery']:.0f} gallery images; "
+            f"{scores['queries']:.0f} queries, {scores['gallery']:.0f} gallery images{more}; "
             f"{scores['lone_queries']:.0f} queries without a match are excluded from all scores"
         )
     return "\n".join(lines)
@@ -404,14 +406,27 @@ def percent(fraction: float | None) -> str:
 
 
 def score_keys(scores: Mapping[str, Any]) -> list[str]:
-    """The keys that tables show: Recall@K by K, then the other scores."""
-    recalls = sorted((int(m[1]), key) for key in scores if (m := _RECALL.fullmatch(key)))
-    return [key for _, key in recalls] + [key for key in _SCORE_NAMES if key in scores]
+    """The keys that tables show: Recall@K by K, then the other scores; then those of variants.
+
+    A variant of the evaluation has keys such as ``recall@1/distractors``.
+    """
+    variants: dict[str, dict[str, str]] = {}
+    for key in scores:
+        name, _, variant = key.partition("/")
+        variants.setdefault(variant, {})[name] = key
+    found = []
+    for _, keys in sorted(variants.items(), key=lambda item: item[0] != ""):
+        recalls = sorted((int(m[1]), name) for name in keys if (m := _RECALL.fullmatch(name)))
+        names = [name for _, name in recalls] + [name for name in _SCORE_NAMES if name in keys]
+        found += [keys[name] for name in names]
+    return found
 
 
 def score_name(key: str) -> str:
     """The name of a score in tables."""
-    return _SCORE_NAMES.get(key, key.replace("recall", "Recall"))
+    name, _, variant = key.partition("/")
+    shown = _SCORE_NAMES.get(name, name.replace("recall", "Recall"))
+    return f"{shown}, {variant}" if variant else shown
 
 
 def plain(value: Any) -> Any:

@@ -95,7 +95,7 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
 
     # Everything that the config names is built first, so that a mistake shows before any work.
     mesh = make_mesh()
-    dataset = load.load_dataset(config) if dataset is None else dataset
+    dataset = load.with_distractors(dataset or load.load_dataset(config), config)
     load.check_batches(dataset, config)
     check_evaluation(dataset, config)
     trainer = make_trainer(
@@ -230,7 +230,10 @@ def score_dataset(
     return evaluate(
         embed,
         load.eval_batches(dataset.query, config, mesh),
-        dataset.gallery and load.eval_batches(dataset.gallery, config, mesh),
+        *(
+            None if split is None else load.eval_batches(split, config, mesh)
+            for split in (dataset.gallery, dataset.distractors)
+        ),
         recall_at=config.evaluation.recall_at,
         chunk=config.evaluation.gallery_chunk,
         mesh=mesh,

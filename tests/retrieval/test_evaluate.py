@@ -103,6 +103,45 @@ def test_scores_are_means_of_the_per_query_values(devices: int) -> None:
     assert 0.1 < result.scores["recall@1"] < result.scores["recall@4"] < 0.9
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("own", [True, False])
+def test_distractors_join_the_gallery_in_scores_of_their_own(own: bool, devices: int) -> None:
+    random = np.random.default_rng(2)
+    labels = np.append(np.repeat(np.arange(9), 4), 40).astype(np.int32)  # the last one is lone
+    vectors = random.normal(size=(9, 6))[labels % 9] + random.normal(size=(37, 6))
+    distractors = random.normal(size=(50, 6)).astype(np.float32)
+    distractors[7] = vectors[3]  # ties with a match of some queries
+    queries = vectors.astype(np.float32)
+    gallery = None if own else (queries + 0.9 * random.normal(size=(37, 6))).astype(np.float32)
+    among = None if own else labels
+    result = score(queries, labels, gallery, among, devices=devices, distractors=distractors)
+    plain = score(queries, labels, gallery, among, devices=devices)
+    assert {k: v for k, v in result.scores.items() if "distractors" not in k} == plain.scores
+    assert result.summary()["distractors"] == 50
+    np.testing.assert_array_equal(result.neighbors, plain.neighbors)
+
+    everything = np.concatenate([queries if own else gallery, distractors]).astype(np.float64)
+    ranks, precisions = [], []
+    for i in range(37 if gallery is not None else 36):
+        places = [j for j in range(len(everything)) if not (own and j == i)]
+        ranked = [
+            (-(everything[j] @ queries[i].astype(np.float64)), j < 37 and labels[j] == labels[i])
+            for j in places
+        ]
+        hits = [hit for _, hit in sorted(ranked)]  # of a tie, the distractor comes first
+        ranks.append(hits.index(True) + 1)
+        precisions.append(np.mean(hits[: sum(hits)]))
+    found = {name: result.scores[f"{name}/distractors"] for name in plain.scores}
+    expected = {f"recall@{k}": np.mean(np.array(ranks) <= k) for k in (1, 2)}
+    expected |= {"mrr": np.mean(1 / np.array(ranks)), "r_precision": np.mean(precisions)}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert found["recall@1"] < plain.scores["recall@1"]
+    assert result.per_query["mrr/distractors"].shape == (37,)
+    distractors[4, 2] = np.nan
+    with pytest.raises(UserError, match="1 of 50 distractor embeddings .* row 4"):
+        score(queries, labels, gallery, among, devices=devices, distractors=distractors)
+
+
 def test_clustering_is_scored_only_if_asked_for() -> None:
     pytest.importorskip("sklearn", reason="pip install mmljax[cluster]")
     labels = np.repeat(np.arange(5), 4).astype(np.int32)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmljax.data.fingerprint import fingerprint_names
 from mmljax.errors import UserError
 from mmljax.retrieval import records
 from mmljax.types import Dataset, Split
@@ -93,5 +94,9 @@ def test_the_protocol_depends_on_names_groups_contents_and_sizes_alone() -> None
         assert [key for key in one if protocol[key] != one[key]] == [field]
     renamed = records.evaluation_protocol(dataset([0, 0, 1], ["a", "b", "d"]), config())
     assert renamed["data"] != one["data"]
+    more = dataset([0, 0, 1], names)._replace(distractors=dataset([0], ["x"]).query)
+    assert set(records.evaluation_protocol(more, config()).items()) - set(one.items()) == {
+        ("distractors", fingerprint_names([more.distractors]))
+    }
     resized = records.evaluation_protocol(dataset([0, 0, 1], names), config(resize_size=31))
     assert [key for key in one if resized[key] != one[key]] == ["resize"]

@@ -386,6 +386,25 @@ def test_recall_table_with_all_columns():
     ]
 
 
+def test_scores_of_a_variant_are_rows_of_their_own():
+    scores = {
+        "recall@10/distractors": 0.2,
+        "map@r": 0.5,
+        "recall@1": 0.75,
+        "tie_rate/distractors": 0,
+    }
+    scores |= {"recall@2/distractors": 0.1, "distractors": 9, "queries": 3, "gallery": 4}
+    assert writer.recall_table({"trained": scores | {"lone_queries": 1}}).splitlines() == [
+        "%                       trained",
+        "Recall@1                   75.0",
+        "MAP@R                      50.0",
+        "Recall@2, distractors      10.0",
+        "Recall@10, distractors     20.0",
+        "3 queries, 4 gallery images and 9 distractors; 1 queries without a match are excluded "
+        "from all scores",
+    ]
+
+
 def test_recall_table_reports_ties_if_there_are_any():
     ties = {"mrr": 0.5, "tie_rate": 0.25, "recall_expected@1": 0.125, "recall_optimistic@1": 1.0}
     assert writer.recall_table({"trained": {"recall@1": 0.0, **ties}}).splitlines() == [

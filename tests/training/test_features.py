@@ -23,9 +23,11 @@ from mmljax.inference import features as writing
 from mmljax.inference.embed import embed_batches
 from mmljax.inference.embedder import load_embedder
 from mmljax.mesh import make_mesh
+from mmljax.retrieval.records import read_records
 from mmljax.training.loop import train
 from mmljax.training.state import make_model
 from mmljax.training.sweep import Run, sweep, sweep_table
+from mmljax.types import Split
 
 pytestmark = pytest.mark.filterwarnings(
     # orbax reads checkpoints without shardings in small_runs.final_state, on purpose
@@ -72,7 +74,7 @@ def test_features_are_what_the_head_sees_of_each_crop(folder: Path) -> None:
     images, features = load.load_dataset(config), load.load_dataset(of_features(folder, "crops"))
     model = network(config)
     for name, split in images._asdict().items():
-        if name == "classes":
+        if not isinstance(split, Split):
             continue
         cached = getattr(features, name)
         np.testing.assert_array_equal(cached.labels, split.labels)
@@ -257,6 +259,37 @@ def test_run_is_not_resumed_on_other_features(folder: Path, tmp_path: Path) -> N
     np.save(tmp_path / "features" / "train.npy", features + np.float32(0.5))
     with pytest.raises(UserError, match="holds a run of other data .train: contents of sampled"):
         train(config, tmp_path / "run")
+
+
+def test_distractors_have_features_and_scores_of_their_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The distractors are the gallery's images, so each match ties with one of them."""
+
+    def named(config: Config, path: str) -> Config:
+        evaluation = dataclasses.replace(config.evaluation, distractors=path)
+        return dataclasses.replace(config, evaluation=evaluation)
+
+    dataset = load.load_dataset(of_images(folder))
+    dataset = dataset._replace(distractors=dataset.gallery)
+    monkeypatch.setattr(load, "load_dataset", lambda config, **_: dataset)
+    writing.write_features(named(of_images(folder), "noise"), tmp_path / "x", views=0)
+    monkeypatch.undo()
+    config = named(of_features(tmp_path, "x", duration="2 steps"), "noise")
+    assert load.load_dataset(named(config, "")).distractors is None
+    with pytest.raises(UserError, match="distractors=other: .* has features of noise; make them"):
+        load.load_dataset(named(config, "other"))
+    with pytest.raises(UserError, match="has features of no distractors; make them"):
+        load.load_dataset(named(of_features(folder), "noise"))
+    results = train(config, tmp_path / "run")
+    scores, before = results["scores"], results["untrained"]
+    assert (scores["distractors"], scores["gallery"]) == (24, 24)
+    for row in (scores, before):
+        assert row["recall@1/distractors"] == 0 < row["recall@1"]
+        assert 0 < row["mrr/distractors"] <= 0.5
+    assert results["protocol"]["distractors"]
+    kept = read_records(tmp_path / "run").values
+    assert kept["recall@4/distractors"].mean() == pytest.approx(scores["recall@4/distractors"])
 
 
 def test_head_is_joined_with_its_backbone(folder: Path, tmp_path: Path) -> None:

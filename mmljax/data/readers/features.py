@@ -2,7 +2,8 @@
 
 ``mmljax features`` writes a folder of:
 
-- ``train.npy``, ``query.npy`` and, if the data set has a gallery, ``gallery.npy``: the pooled
+- ``train.npy``, ``query.npy`` and, if the data set has them, ``gallery.npy`` and
+  ``distractors.npy``: the pooled
   features, ``[v n f]`` on the disk, float32 or float16. View 0 is the evaluation crop; those after
   it, which only the training split has, are random crops.
 - ``images.npz``: labels and names of the images of each split.
@@ -29,6 +30,7 @@ from mmljax.text import differences, one_line
 from mmljax.types import Dataset, Split
 
 IDENTITY, IMAGES = "features.json", "images.npz"
+DISTRACTORS = "distractors"
 FORMAT = "mmljax features 1"
 
 # What of the model decides its pooled features; the rest is the head's.
@@ -63,6 +65,14 @@ def read_features(config: Config) -> Dataset:
             f"{DIRECTORY_FLAG}={folder} has features of another network or crop than the config "
             f"names ({'; '.join(changed)}); change the config, or make such features"
         )
+    found = identity.get(DISTRACTORS)
+    if config.evaluation.distractors not in ("", found):
+        raise UserError(
+            f"--config.evaluation.distractors={config.evaluation.distractors}: "
+            f"{DIRECTORY_FLAG}={folder} has features of {found or 'no distractors'}; make them by "
+            "mmljax features with this flag"
+        )
+    wanted_splits = (*SPLITS, DISTRACTORS) if config.evaluation.distractors else SPLITS
     try:
         with np.load(folder / IMAGES, allow_pickle=False) as images:
             splits = {
@@ -71,7 +81,7 @@ def read_features(config: Config) -> Dataset:
                     images[f"{name} labels"],
                     images[f"{name} names"],
                 )
-                for name in SPLITS
+                for name in wanted_splits
                 if f"{name} labels" in images
             }
         for name, split in splits.items():
@@ -80,7 +90,11 @@ def read_features(config: Config) -> Dataset:
                 found = f"{split.images.dtype} {split.images.shape}"
                 raise ValueError(f"{name}.npy has {found}, not {identity['dtype']} {wanted}")
         return Dataset(
-            splits["train"], splits["query"], splits.get("gallery"), int(identity["classes"])
+            splits["train"],
+            splits["query"],
+            splits.get("gallery"),
+            int(identity["classes"]),
+            splits.get(DISTRACTORS),
         )
     except (OSError, KeyError, ValueError, EOFError) as error:
         raise UserError(
