@@ -221,9 +221,8 @@ def retrieval_scores(
         joined = _joined(against, query_labels, gallery_labels, distractors)
         among, _, _ = score(queries, joined[0], query_labels, joined[1], *counts)
         on_device[0].update({f"{name}/distractors": value for name, value in among.items()})
-    splits = [(queries, query_labels)]
-    if gallery is not None:
-        splits.append((gallery, gallery_labels))
+    pairs = (queries, query_labels), (gallery, gallery_labels)
+    splits = [pair for pair in pairs if pair[0] is not None]
     extra = _diagnostics(splits, geometry=geometry, clustering=clustering)  # during the search
     if distractors is not None:
         extra["distractors"] = len(distractors)
