@@ -10,9 +10,10 @@ decay, ten times as much for the head, 128 epochs. The objectives are this proje
 with margin 0.25 and scale 32).
 
 Published, not by this project: Recall@1 of 96.7, the highest for In-Shop, and 86.7 without
-fine-tuning. Ours: not yet measured. Hardware: a TPU v6e with 8 chips, of which the step takes 26.5
+fine-tuning. Ours: not yet measured. Hardware: a TPU v6e with 8 chips, of which the step takes 25.9
 of 32 GiB each (``mmljax plan --topology v6e:2x4``, 2026-11-27); its 25,882 steps take at least 14
-minutes by the bounds.
+minutes and 1.9 chip-hours by the bounds, up to four times as much is to be expected
+(``docs/tpu_plans.md``).
 """
 
 from ml_collections import ConfigDict
