@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import subprocess
@@ -188,6 +189,31 @@ def assert_same_run(a: Path, b: Path) -> dict[str, np.ndarray]:
         np.testing.assert_array_equal(value, parts[name], err_msg=name)
     assert results(a)["scores"] == results(b)["scores"]
     return whole
+
+
+class Stop(Exception):
+    """Breaks a run off."""
+
+
+def train_broken_off(config: Any, workdir: Path, *, steps: int, monkeypatch: Any) -> None:
+    """Train in this process, and break the run off after some steps."""
+    import pytest
+
+    from mmljax.data import load
+    from mmljax.training import loop
+
+    original, made = load.train_batches, itertools.count()
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        for batch in original(*arguments, **options):
+            if next(made) == steps:
+                raise Stop
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "train_batches", broken)
+        with pytest.raises(Stop):
+            loop.train(config, workdir)
 
 
 TINY_VIT = "vit_tiny"

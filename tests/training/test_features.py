@@ -233,20 +233,10 @@ def test_interrupted_equals_uninterrupted(
 ) -> None:
     config = of_features(folder, "crops", model__dropout=0.3, **HEAD)
     train(config, tmp_path / "whole")
-    original = load.train_batches
-
-    def broken(*arguments: Any, **options: Any) -> Any:
-        for index, batch in enumerate(original(*arguments, **options)):
-            if index == 12:
-                raise KeyboardInterrupt
-            yield batch
-
-    monkeypatch.setattr(load, "train_batches", broken)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "parts")
-    monkeypatch.setattr(load, "train_batches", original)
-    train(config, tmp_path / "parts")
-    small_runs.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    parts = tmp_path / "parts"
+    small_runs.train_broken_off(config, parts, steps=12, monkeypatch=monkeypatch)
+    train(config, parts)
+    small_runs.assert_same_run(tmp_path / "whole", parts)
 
 
 def test_run_is_not_resumed_on_other_features(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def make(config: Config, *, devices: int = 8) -> Trainer:
+def make(config: Config, *, devices: int = 8, channels: int = 1) -> Trainer:
     mesh = make_mesh(jax.devices()[:devices])
-    return make_trainer(config, classes=12, channels=1, train_examples=72, mesh=mesh)
+    return make_trainer(config, classes=12, channels=channels, train_examples=72, mesh=mesh)
 
 
 def steps(config: Config, count: int, *, devices: int = 8) -> tuple[dict[str, Any], Any]:
@@ -165,6 +166,30 @@ def test_adapters_have_the_rate_of_their_blocks_layer(config: Any) -> None:
     assert found == {0, 1, 2}
 
 
+def assert_merged_equals_adapted(config: Config, run: Path, trainer: Trainer) -> Any:
+    """A run loaded and exported, so merged, embeds as its adapted network.
+
+    Returns a function that embeds the queries by a network, and the loaded network.
+    """
+    mesh = make_mesh()
+    saved = loop.checkpoints.Checkpoints(run / "checkpoints", keep_last=2, keep_best=1)
+    state = saved.restore(trainer.state)
+    saved.close()
+    assert state is not None
+    query = load.load_dataset(config).query
+    embed = loop.make_embed(trainer.graphdef)
+
+    def by(function: Any) -> np.ndarray:
+        return embed_batches(function, load.eval_batches(query, config, mesh))[0]
+
+    wanted = by(lambda images: embed(*state.evaluated, images))
+    trained = load_embedder(run)
+    assert not any(map(is_adapter, by_name(trained.network)))
+    np.testing.assert_allclose(by(trained.embed), wanted, atol=1e-5)
+    np.testing.assert_allclose(by(jax.jit(lower(trained).exported.call)), wanted, atol=1e-5)
+    return by, trained
+
+
 @pytest.mark.slow
 def test_a_trained_run_is_loaded_merged_and_saved(
     config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -175,21 +200,7 @@ def test_a_trained_run_is_loaded_merged_and_saved(
     made = config(**LORA, **rate, optimizer__ema_decay=0.5, evaluation__untrained=False)
     loop.train(made, tmp_path / "run")
     assert "frozen" in caplog.text
-    trainer, mesh = make(made), make_mesh()
-    saved = loop.checkpoints.Checkpoints(tmp_path / "run/checkpoints", keep_last=2, keep_best=1)
-    state = saved.restore(trainer.state)
-    saved.close()
-    assert state is not None
-    query = load.load_dataset(made).query
-    embed = loop.make_embed(trainer.graphdef)
-
-    def by(function: Any) -> np.ndarray:
-        return embed_batches(function, load.eval_batches(query, made, mesh))[0]
-
-    wanted = by(lambda images: embed(*state.evaluated, images))
-    trained = load_embedder(tmp_path / "run")
-    assert not any(map(is_adapter, by_name(trained.network)))
-    np.testing.assert_allclose(by(trained.embed), wanted, atol=1e-5)
+    by, trained = assert_merged_equals_adapted(made, tmp_path / "run", trainer := make(made))
     unadapted = by_name(trainer.state.params["network"])
     moved = by_name(trained.network)
     assert all(
@@ -198,12 +209,50 @@ def test_a_trained_run_is_loaded_merged_and_saved(
         for layer in ("attn.qkv", "mlp.fc2")
         for name in [f"backbone.blocks.{i}.{layer}.kernel"]
     )
-    exported = lower(trained).exported
-    np.testing.assert_allclose(by(jax.jit(exported.call)), wanted, atol=1e-5)
     own = Weights(trained.network, trained.model_state)
     save(trained, own, alpha=1.0, source="", folder=tmp_path / "copy")
     copied = load_embedder(tmp_path / "copy")
     np.testing.assert_array_equal(by(copied.embed), by(trained.embed))
+
+
+@pytest.fixture
+def foods(tmp_path: Path) -> Path:
+    """Some of the shared photographs of dishes, 12 to train and 6 to search, in class folders."""
+    archive = small_runs.ROOT.parent / "shared" / "data" / "foods" / "foods.zip"
+    if not archive.exists():
+        pytest.skip(f"needs {archive}")
+    folder = tmp_path / "foods"
+    with zipfile.ZipFile(archive) as file:
+        for split, items in {"train": 12, "test": 6}.items():
+            names = [n for n in file.namelist() if n.startswith(split) and n.endswith(".jpg")]
+            kept = sorted({name.split("/")[1] for name in names})[:items]
+            file.extractall(folder, [name for name in names if name.split("/")[1] in kept])
+    return folder
+
+
+@pytest.mark.slow
+def test_adapters_on_photographs(
+    config: Any, foods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was broken off equals the whole one to the bit, and merged equals adapted."""
+    made = config(
+        **LORA,
+        data__source="folder",
+        data__directory=str(foods),
+        data__image_size=24,
+        data__resize_size=28,
+        data__images_per_class=2,
+        optimizer__backbone__learning_rate=0.02,
+        evaluation__untrained=False,
+    )
+    loop.train(made, tmp_path / "whole")
+    small_runs.train_broken_off(made, tmp_path / "run", steps=12, monkeypatch=monkeypatch)
+    loop.train(made, tmp_path / "run")
+    arrays = small_runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
+    moved = [x for name, x in arrays.items() if name.startswith("params.") and name[-1] == "b"]
+    assert len(moved) == 3 * 4
+    assert all(np.abs(x).max() > 1e-3 for x in moved)  # they start as 0
+    assert_merged_equals_adapted(made, tmp_path / "run", make(made, channels=3))
 
 
 def test_adapters_that_cannot_train_are_refused(config: Any, tmp_path: Path) -> None:

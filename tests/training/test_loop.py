@@ -64,10 +64,6 @@ def test_run_learns_and_writes_what_it_promises(
     assert "compiled" not in caplog.text  # saves and evaluations compile, steps do not again
 
 
-class Stop(Exception):
-    """Breaks a run off."""
-
-
 FINE_TUNING: dict[str, Any] = {
     "model__drop_path": 0.4,
     "model__pooling": "gem",
@@ -145,29 +141,21 @@ def test_interrupted_equals_uninterrupted(
     config = make_config(tmp_path, **changes)
     train.train(config, tmp_path / "whole")
 
-    original, made, seen = load.train_batches, itertools.count(), []
-
-    def broken(*arguments: Any, **options: Any) -> Any:
-        for batch in original(*arguments, **options):
-            if next(made) == 12:
-                raise Stop
-            yield batch
+    parts = tmp_path / "parts"
+    small_runs.train_broken_off(config, parts, steps=12, monkeypatch=monkeypatch)
+    original, seen = load.train_batches, []
 
     def recorded(*arguments: Any, **options: Any) -> Any:
         seen.append(arguments[-1])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(load, "train_batches", broken)
-    with pytest.raises(Stop):
-        train.train(config, tmp_path / "parts")
-    monkeypatch.setattr(load, "train_batches", original)
     monkeypatch.setattr(load, "train_batches", recorded)
-    train.train(config, tmp_path / "parts")
+    train.train(config, parts)
     assert [*itertools.chain(*seen)] == [*range(10, 20)]  # on from the checkpoint
     means = 2 if config.proxies_init == "class_means" else 0  # once per run, not on resume
     assert caplog.text.count("proxies start as class means of 72 training images") == means
 
-    whole = small_runs.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    whole = small_runs.assert_same_run(tmp_path / "whole", parts)
     assert int(whole["objective.step"]) == 20
     assert any(name.startswith("average.") for name in whole) == (config.optimizer.ema_decay > 0)
     composed = config.data.composition.rule != "none"
