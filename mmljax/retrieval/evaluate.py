@@ -137,16 +137,28 @@ def embed_on_devices(
     """
     parts: list[Any] = []
     pending: list[Any] = []
+    kind: Any = None
     for batch in batches:
         if len(pending) > 1:
             jax.block_until_ready(pending[-2][0])
         if len(pending) == _JOINED:
             parts.append(_join(pending))
             pending = []
-        pending.append((embed(batch.images), batch.labels, batch.valid))
+        kind = batch.labels.dtype
+        pending.append((embed(batch.images), _in_words(batch.labels), batch.valid))
     vectors, labels, valid = _join([*parts, *pending])
     kept = np.flatnonzero(to_host(valid))
-    return _take(vectors, kept.astype(np.int32)), to_host(labels)[kept]
+    numbers = to_host(labels)[kept]
+    if numbers.ndim > 1:
+        numbers = numbers.view(kind)[:, 0]
+    return _take(vectors, kept.astype(np.int32)), numbers
+
+
+def _in_words(labels: Any) -> Any:
+    """NumPy's labels of 64 bits as two words each, ``[b 2]``: JAX would drop the upper ones."""
+    if isinstance(labels, np.ndarray) and labels.dtype.itemsize == 8:
+        return np.ascontiguousarray(labels).view(np.uint32).reshape(-1, 2)
+    return labels
 
 
 @jax.jit

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mmljax.retrieval.search import renumbered
 from mmljax.types import Values
 
 
@@ -44,8 +45,14 @@ def relevance(
     >>> import numpy as np
     >>> relevance(np.array([[2, 0]]), np.array([7]), np.array([7, 8, 9])).tolist()
     [[False, True]]
+
+    Args:
+      indices: of gallery rows.
+      query_labels: integers of any width or strings.
+      gallery_labels: the same.
     """
-    return jnp.asarray(gallery_labels)[indices] == jnp.asarray(query_labels)[:, None]
+    own, others = renumbered(query_labels, gallery_labels)
+    return jnp.asarray(others)[indices] == jnp.asarray(own)[:, None]
 
 
 def recall_at_k(

@@ -27,6 +27,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from mmljax.errors import UserError
 from mmljax.mesh import AXIS
 from mmljax.numerics import similarity_matrix
 from mmljax.retrieval.checks import AnyArray, check_concrete, check_search
@@ -236,9 +237,18 @@ def renumbered(query_labels: AnyArray, gallery_labels: AnyArray) -> tuple[AnyArr
     >>> import numpy as np
     >>> renumbered(np.array([7 + 2**32]), np.array([7, 7 + 2**32]))
     (array([1], dtype=int32), array([0, 1], dtype=int32))
+
+    Raises:
+      UserError: if one of the two is unknown inside ``jax.jit`` and the other is beyond 32 bits.
     """
     pair = query_labels, gallery_labels
-    if any(isinstance(labels, jax.core.Tracer) for labels in pair):
+    known = [labels for labels in pair if not isinstance(labels, jax.core.Tracer)]
+    if len(known) < 2:
+        if not all(map(_fits, known)):
+            raise UserError(
+                "labels beyond 32 bits cannot be numbered inside jax.jit, where others are "
+                "unknown: number all of them before, by np.unique(labels, return_inverse=True)"
+            )
         return pair
     if all(labels.dtype.kind in "iu" and labels.dtype in _EXACT for labels in pair):
         return pair
@@ -251,6 +261,14 @@ def renumbered(query_labels: AnyArray, gallery_labels: AnyArray) -> tuple[AnyArr
 
 
 _EXACT = tuple(map(np.dtype, ("int8", "uint8", "int16", "uint16", "int32")))
+
+
+def _fits(labels: AnyArray) -> bool:
+    """Whether every label is a 32-bit integer."""
+    if labels.dtype in _EXACT or labels.dtype.kind not in "iu":
+        return labels.dtype in _EXACT
+    limits = np.iinfo(np.int32)
+    return not labels.size or bool(limits.min <= labels.min() and labels.max() <= limits.max)
 
 
 def _check(

@@ -263,6 +263,28 @@ def test_embeddings_of_many_batches_keep_their_order() -> None:
     np.testing.assert_array_equal(labels, np.arange(149))
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint64])
+def test_evaluation_of_batches_tells_labels_of_64_bits_apart(kind: type) -> None:
+    random = np.random.default_rng(3)
+    labels = random.permutation(np.repeat(np.arange(6), 4))
+    vectors = (random.normal(size=(6, 8))[labels] + random.normal(size=(24, 8))).astype("f4")
+    wide = (labels % 2 + (labels // 2 + 2**31 - 1) * 2**32).astype(kind)  # 2 labels in 32 bits
+
+    def batches(rows: range) -> Any:
+        for part in np.split(np.array(rows), 3):
+            yield Batch(vectors[part], wide[part], np.ones(len(part), bool))
+
+    found = embed_on_devices(jnp.asarray, batches(range(24)))[1]
+    np.testing.assert_array_equal(found, wide)
+    assert found.dtype == kind
+    options = {"recall_at": (1, 2), "chunk": 8, "mesh": make_mesh(jax.devices()[:2])}
+    given = vectors[:12], labels[:12], vectors[12:], labels[12:]
+    expected = retrieval_scores(*given, **options).scores
+    assert expected["recall@1"] < 1
+    got = evaluate(jnp.asarray, batches(range(12)), batches(range(12, 24)), **options)
+    assert got.scores == expected
+
+
 @pytest.mark.parametrize("geometry", [False, True])
 def test_embeddings_are_fetched_for_diagnostics_alone(
     geometry: bool, monkeypatch: pytest.MonkeyPatch

@@ -99,6 +99,10 @@ def test_relevance_compares_labels() -> None:
     indices = np.array([[2, 0], [1, 2]])
     got = metrics.relevance(indices, np.array([7, 9]), np.array([7, 8, 9]))
     assert got.tolist() == [[False, True], [False, True]]
+    wide = np.array([7, 7 + 2**32, 9 - 2**33])  # two labels in 32 bits
+    for gallery in (wide, wide.astype(str)):
+        got = metrics.relevance(indices, gallery[:2], gallery)
+        assert got.tolist() == [[False, True], [True, False]]
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -206,6 +206,15 @@ def test_labels_equal_modulo_a_power_of_two_are_different() -> None:
     assert [labels.tolist() for labels in retrieval.renumbered(*big)] == [[0], [1, 0]]
 
 
+def test_wide_labels_beside_unknown_ones_are_refused() -> None:
+    indices, known = np.array([[0, 1]]), np.array([7, 8])
+    inside = jax.jit(lambda labels: metrics.relevance(indices, labels, known))
+    assert inside(known[:1]).tolist() == [[True, False]]
+    for wide in (np.array([7, 7 + 2**32]), np.array(["7", "8"])):
+        with pytest.raises(UserError, match=r"beyond 32 bits .* np\.unique"):
+            jax.jit(lambda labels, y=wide: metrics.relevance(indices, labels, y))(np.array([7]))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 def test_embeddings_that_cannot_be_ranked_are_refused_by_row(value: float) -> None:
     x, labels = np.eye(6, dtype=np.float32), np.arange(6) // 2
