@@ -39,7 +39,7 @@ def loss(embeddings: Any, proxies: Any, labels: Any, keys: Any, *, row_block: in
     names = jnp.arange(len(p))
     classes = Points(p, names, names, jnp.ones(len(p), bool))
     nothing = jnp.zeros((0, 0), bool)
-    context = Context(jnp.zeros_like(x), keys, PairMasks(nothing, nothing), labels)
+    context = Context((jnp.zeros_like(x),), keys, (PairMasks(nothing, nothing),), labels)
     pair = partial(multi_similarity_loss, alpha=2.0, beta=40.0, base=0.5)
     proxy = partial(proxy_anchor_loss, alpha=32.0, margin=0.1)
     miner = partial(sample_miner, margin=0.1)

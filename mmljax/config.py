@@ -113,6 +113,9 @@ class ModelConfig:
     pretrained: str = ""  # a file, efficientnet_lite0/1/2, hf:OWNER/NAME@COMMIT; "": random ones
     pixel_norm: str = "auto"  # a key of models.embedder.PIXEL_NORMS, or auto: as the weights ask
     embedding_size: Count = 512
+    matryoshka: tuple[Count, ...] | tuple[()] = ()  # sizes of prefixes that are trained too, such
+    # as (64, 128, 256, 512); the last is embedding_size; (): the whole embedding alone
+    matryoshka_weights: tuple[NotNegative, ...] | tuple[()] = ()  # of their losses; (): 1 each
     pooling: str = (
         "average+max"  # average, max, average+max, gem; of a ViT: token (its own), average, gem
     )

@@ -35,7 +35,8 @@ def fill(cls: type, mapping: Any, *, path: str, partly: tuple[type, ...] = ()) -
 
     Args:
       cls: a dataclass of numbers, text, tuples, mappings and other dataclasses. A hint
-        ``Annotated[int, Range(1)]`` also checks the range.
+        ``Annotated[int, Range(1)]`` also checks the range; ``tuple[int, ...]`` holds one value or
+        more, ``tuple[int, ...] | tuple[()]`` may be empty.
       mapping: a ConfigDict, or any mapping.
       path: of the mapping in the config, for errors.
       partly: classes of which fields with a default may be absent; of others none may.
@@ -74,6 +75,8 @@ def _coerce(kind: Any, value: Any, path: str, partly: tuple[type, ...]) -> Any:
         return fill(typing.cast(type, kind), value, path=path, partly=partly)
     if origin in (typing.Union, types.UnionType):
         found = tuple if type(value) is list else type(value)  # JSON has lists alone
+        if found is tuple and not value and tuple[()] in arguments:
+            return ()
         for member in arguments:
             if found is (typing.get_origin(member) or member):
                 return _coerce(member, value, path, partly)

@@ -47,6 +47,8 @@ def test_missing_key_is_named() -> None:
         ("data.crop_scale", ("a", 1), r"--config.data.crop_scale must be of type float"),
         ("evaluation.recall_at", (1, 2.5), r"recall_at must be of type int"),
         ("evaluation.recall_at", (), r"recall_at must hold one or more values"),
+        ("model.matryoshka", (64, 0), r"matryoshka must be at least 1, found 0"),
+        ("model.matryoshka", 64, r"matryoshka must be of type tuple|matryoshka must be a tuple"),
         ("evaluation.recall_at", (1, 0), r"recall_at must be at least 1, found 0"),
         ("data.batch_size", 0, r"--config.data.batch_size must be at least 1, found 0"),
         ("data.composition.share", 1.5, r"composition.share must be at least 0 and at most 1"),

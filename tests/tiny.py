@@ -181,7 +181,8 @@ def make_embedder_step(
     model = make_embedder(config, channels=3, rngs=rngs())
     change(model)
     graphdef, network, rest = nnx.split(model, nnx.Param, ...)
-    kind = {"objective": make_objective(), "optimizer": optax.sgd(rate)}
+    objective = make_objective(matryoshka=config.matryoshka)
+    kind = {"objective": objective, "optimizer": optax.sgd(rate)}
     pure = nnx.to_pure_dict
     state = make_state(pure(network), pure(rest), seed=3, mesh=mesh, **kind)
     step = make_train_step(

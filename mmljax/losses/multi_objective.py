@@ -37,9 +37,10 @@ from mmljax.losses.collectives import (
     sample_classes,
 )
 from mmljax.losses.combination import pcgrad_coefficients
-from mmljax.losses.ledger import Scalars, contributions
+from mmljax.losses.ledger import Scalars, contributions, of_sizes
 from mmljax.losses.margins import margins_at
 from mmljax.losses.memory import append_memory, init_memory, write_memory
+from mmljax.losses.prefixes import make_prefixes, prefix_blocks, unit_prefix
 from mmljax.losses.relations import (
     PROXIES,
     RELATIONS,
@@ -50,8 +51,8 @@ from mmljax.losses.relations import (
     nearest_class_proxies,
     objective_sums,
 )
-from mmljax.numerics import inverse_lengths, promote, similarity_matrix
-from mmljax.types import BoundObjective, ObjectiveState, PairMasks, Points
+from mmljax.numerics import inverse_lengths, promote
+from mmljax.types import BoundObjective, ObjectiveState, Points
 
 ObjectiveParams = dict[str, Any]
 """``proxies [p d]``, of any length, and ``weights``, the parameters of the combination."""
@@ -60,7 +61,7 @@ ObjectiveParams = dict[str, Any]
 class _Contribution(NamedTuple):
     """One objective's value, its pair counts, and its gradient by kind of point."""
 
-    loss: Float[Array, ""]
+    losses: Float[Array, " s"]  # unweighted, at each size
     kept: Kept
     gradients: dict[str, Array]  # at this device's unit samples, unit proxies, or both
 
@@ -110,6 +111,8 @@ class MultiObjective:
         row_block: int = 0,
         multiple_of: int = 1,
         class_sizes: np.ndarray | None = None,
+        matryoshka: Sequence[int] = (),
+        matryoshka_weights: Sequence[float] = (),
         seed: int = 0,
     ) -> None:
         """Bind everything static.
@@ -132,6 +135,10 @@ class MultiObjective:
             over that many devices.
           class_sizes: ``[classes]`` training images of each class, for an objective with a
             ``least_margin``.
+          matryoshka: sizes of the prefixes on whose unit vectors each objective is computed, in
+            rising order up to ``dimension``; an objective's loss is their sum (Kusupati et al.
+            2022, arXiv 2205.13147, eq. 1). Empty for the whole embeddings alone.
+          matryoshka_weights: of the sizes in that sum; 1 each if empty.
           seed: of a combination that draws its weights.
 
         Raises:
@@ -145,6 +152,7 @@ class MultiObjective:
         self.row_block, self.multiple_of = row_block, multiple_of
         surgeries = {"none": False, "pcgrad": True}
         self.surgery = choose(surgeries, surgery, key="config.combination.surgery")
+        self.prefixes = make_prefixes(matryoshka, matryoshka_weights, dimension=dimension)
         sizes = Sizes(classes, dimension, centers, memory_size, class_sizes)
         self.objectives = [bind_objective(name, row, sizes) for name, row in rows.items()]
         self.combination = bind_combination(rows, combination, combination_params or {}, seed=seed)
@@ -254,7 +262,8 @@ class MultiObjective:
         points = self._points(unit, proxies, labels, valid, state, axis)
         found = [self._contribution(k, points, proxies, axis) for k in range(len(self.objectives))]
 
-        losses = jnp.stack([one.loss for one in found])
+        at_sizes = jnp.stack([one.losses for one in found])
+        losses = jnp.sum(at_sizes * jnp.asarray(self.prefixes.weights, at_sizes.dtype), axis=1)
         gram = _gram([one.gradients.get(SAMPLES) for one in found], axis)
         squares = _squares([one.gradients.get(PROXIES) for one in found], axis)
         norms = jnp.sqrt(jnp.stack([jnp.diag(gram), squares]))
@@ -269,9 +278,9 @@ class MultiObjective:
         at_embeddings = _weighted_sum(factors, found, SAMPLES, unit) * embeddings_scale
         at_proxies = _weighted_sum(weights, found, PROXIES, proxies) * proxies_scale
 
-        ledger = contributions(
-            self.objectives, losses, weights, norms, gram, [one.kept for one in found]
-        )
+        kept = [one.kept for one in found]
+        ledger = contributions(self.objectives, losses, weights, norms, gram, kept)
+        ledger |= of_sizes(self.objectives, self.prefixes.sizes, at_sizes, kept)
         batch = points.columns[SAMPLES]
         memory = write_memory(state.memory, batch, axis, size=self.memory_size)
         new = ObjectiveState(state.step + 1, state.key, combination, memory)
@@ -306,13 +315,18 @@ class MultiObjective:
             held = {name: axis.gather(state.memory[name]) for name in ("vectors", "labels")}
             with_memory = append_memory(with_memory, held, active=active, size=self.memory_size)
         key = jax.random.fold_in(state.key, state.step)
-        partners = jnp.zeros_like(unit)  # without a miner nothing reads them
+        sizes = self.prefixes.sizes
+        partners = (jnp.zeros_like(unit),) * len(sizes)  # without a miner nothing reads them
         if any(o.miner is not None for o in self.objectives):
             own = class_proxies(proxies, labels, axis, centers=self.centers)
-            partners = jax.lax.stop_gradient(nearest_class_proxies(unit, own))
+            partners = tuple(
+                jax.lax.stop_gradient(
+                    nearest_class_proxies(unit_prefix(unit, size), unit_prefix(own, size))
+                )
+                for size in sizes
+            )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows[SAMPLES].positions)
-        nothing = jnp.zeros((0, 0), bool)
-        context = Context(partners, keys, PairMasks(nothing, nothing), columns[SAMPLES].labels)
+        context = Context(partners, keys, (), columns[SAMPLES].labels)
         return _Points(rows, columns, with_memory, context, key, state.step)
 
     def _contribution(self, k: int, points: _Points, proxies: Array, axis: Axis) -> _Contribution:
@@ -328,7 +342,7 @@ class MultiObjective:
         if objective.margin is not None:
             context = context._replace(margin=margins_at(objective.margin, points.step))
         if objective.miner is not None and row_kind == PROXIES:
-            context = _with_selection(objective, points.rows[SAMPLES], columns, context, axis)
+            context = self._with_selection(objective, points.rows[SAMPLES], columns, context, axis)
 
         def sums(row_vectors: Array, column_vectors: Array) -> Any:
             return objective_sums(
@@ -337,12 +351,14 @@ class MultiObjective:
                 columns._replace(vectors=column_vectors),
                 context,
                 row_block=self.row_block,
+                sizes=self.prefixes.sizes,
             )
 
         total, pullback, (counts, kept) = jax.vjp(sums, rows.vectors, columns.vectors, has_aux=True)
         # Rows reduce by sum over sum, never by a mean of the devices' means.
         scale = 1 / jnp.maximum(axis.sum(counts), 1).astype(total.dtype)
-        at_rows, at_columns = pullback(axis.varying(scale))
+        weights = jnp.asarray(self.prefixes.weights, scale.dtype)
+        at_rows, at_columns = pullback(axis.varying(weights[:, None] * scale))
         if drawn is not None:
             at_columns = return_gradient(at_columns, drawn, proxies, axis)
         else:
@@ -351,10 +367,27 @@ class MultiObjective:
         gradients = {row_kind: at_rows}
         gradients[column_kind] = gradients.get(column_kind, 0) + at_columns
         return _Contribution(
-            axis.sum(jnp.sum(total * scale)),
+            axis.sum(jnp.sum(total * scale, axis=1)),
             axis.sum(kept),
             {kind: _tangent(g, points.rows[kind].vectors) for kind, g in gradients.items()},
         )
+
+    def _with_selection(
+        self,
+        objective: BoundObjective,
+        samples: Points,
+        columns: Points,
+        context: Context,
+        axis: Axis,
+    ) -> Context:
+        """Add the pairs that every anchor of the global batch keeps, for proxies as rows."""
+        anchors = objective._replace(relation="sample_to_sample")
+        kept = []
+        blocks = prefix_blocks(samples, columns, self.prefixes.sizes)
+        for place, (own, others, similarity) in enumerate(blocks):
+            _, mined = mined_masks(anchors, similarity, own, others, context, place=place)
+            kept.append(axis.gather(mined))
+        return context._replace(kept=kept)
 
     def _sampled_columns(
         self, k: int, points: _Points, proxies: Array, axis: Axis
@@ -380,16 +413,6 @@ def _normalize(x: Array) -> tuple[Array, Array]:
     wide = promote(x)
     scale = inverse_lengths(wide)
     return wide * scale, scale
-
-
-def _with_selection(
-    objective: BoundObjective, samples: Points, columns: Points, context: Context, axis: Axis
-) -> Context:
-    """Add the pairs that every anchor of the global batch keeps, for proxies as rows."""
-    similarity = similarity_matrix(samples.vectors, columns.vectors)
-    anchors = objective._replace(relation="sample_to_sample")
-    _, mined = mined_masks(anchors, similarity, samples, columns, context)
-    return context._replace(kept=axis.gather(mined))
 
 
 def _tangent(gradient: Array, vectors: Array) -> Array:

@@ -8,7 +8,9 @@ and the results are fetched once. Only the optional diagnostics read the embeddi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -40,6 +42,7 @@ _CURE = (
     "nothing can be ranked, and the last checkpoint is kept: lower "
     "--config.optimizer.*.learning_rate or set --config.optimizer.clip_norm"
 )
+_OF_PREFIXES = re.compile(r"recall@\d+|r_precision|map@r|mrr")
 _JOINED = 32  # batches joined at once: a program of many more arguments takes long to compile
 
 Embed = Callable[[Params, Params, Array], Float[Array, "b d"]]
@@ -56,11 +59,20 @@ class Retrieval(NamedTuple):
     per_query: dict[str, np.ndarray]  # [q] of each score that is a mean; NaN for lone queries
     neighbors: np.ndarray  # [q k] gallery rows of the NEIGHBORS nearest, nearest first
     similarity: np.ndarray  # [q k] of these
+    at_sizes: Mapping[int, Mapping[str, float]] = MappingProxyType({})  # of shorter prefixes
 
     def summary(self) -> dict[str, float]:
-        """Scores and counts in one flat dict: a row of the log."""
+        """Scores and counts in one flat dict: a row of the log.
+
+        Scores of a prefix of 64 dimensions are named ``recall@1@64``.
+        """
         counts = {k: v for k, v in self._asdict().items() if isinstance(v, int | float)}
-        return {**self.scores, **counts}
+        at_sizes = {
+            f"{name}@{size}": value
+            for size, scores in self.at_sizes.items()
+            for name, value in scores.items()
+        }
+        return {**self.scores, **counts, **at_sizes}
 
 
 @functools.lru_cache(maxsize=8)
@@ -95,27 +107,47 @@ def evaluate(
     query_batches: Iterable[Batch],
     gallery_batches: Iterable[Batch] | None,
     distractor_batches: Iterable[Batch] | None = None,
+    *,
+    prefixes: Sequence[int] = (),
     **options: Any,
 ) -> Retrieval:
-    """Embed the batches and score them.
+    """Embed the batches and score them, and the prefixes of the embeddings.
 
     Args:
       embed: images to embeddings ``[b d]``.
       query_batches: of every query image.
       gallery_batches: of every gallery image, or None for self-retrieval.
       distractor_batches: of images that match no query, or None.
+      prefixes: numbers of dimensions; of those below the embedding size, unit prefixes are scored
+        by Recall@K, R-precision, MAP@R and MRR. Each costs a search.
       options: as of :func:`retrieval_scores`.
 
     Raises:
       UserError: as :func:`retrieval_scores`.
     """
     queries, query_labels = embed_on_devices(embed, query_batches)
+    gallery, gallery_labels = None, None
+    if gallery_batches is not None:
+        gallery, gallery_labels = embed_on_devices(embed, gallery_batches)
+    distractors = None
     if distractor_batches is not None:
-        options["distractors"], _ = embed_on_devices(embed, distractor_batches)
-    if gallery_batches is None:
-        return retrieval_scores(queries, query_labels, None, None, **options)
-    gallery, gallery_labels = embed_on_devices(embed, gallery_batches)
-    return retrieval_scores(queries, query_labels, gallery, gallery_labels, **options)
+        distractors, _ = embed_on_devices(embed, distractor_batches)
+    result = retrieval_scores(
+        queries, query_labels, gallery, gallery_labels, distractors=distractors, **options
+    )
+    options |= {"geometry": False, "clustering": False}
+    at_sizes = {}
+    for size in prefixes:
+        if size < queries.shape[1]:
+            cut, others = (x if x is None else _unit_prefix(x, size) for x in (queries, gallery))
+            found = retrieval_scores(cut, query_labels, others, gallery_labels, **options)
+            at_sizes[size] = {k: v for k, v in found.scores.items() if _OF_PREFIXES.fullmatch(k)}
+    return result._replace(at_sizes=at_sizes)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _unit_prefix(vectors: Array, size: int) -> Array:
+    return l2_normalize(vectors[:, :size])
 
 
 def embed_batches(

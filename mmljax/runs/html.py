@@ -23,7 +23,15 @@ from mmljax.files import write_atomically
 from mmljax.retrieval.records import QUERIES, Neighbors, Records, evaluation_protocol, read_records
 from mmljax.runs.plot import contribution_figure, svg_of, write_figure
 from mmljax.runs.reader import read_run
-from mmljax.runs.writer import METRICS, percent, read_metrics, score_keys, score_name
+from mmljax.runs.writer import (
+    METRICS,
+    Row,
+    percent,
+    read_metrics,
+    score_keys,
+    score_name,
+    size_table,
+)
 from mmljax.text import one_line
 
 if TYPE_CHECKING:  # at run time these would import jax before the arguments are checked
@@ -134,10 +142,12 @@ def write_page(
     check_packages()
     records, neighbors = _usable_records(run, dataset, config)
     queries, images = _worst_queries(records, neighbors, dataset, count=min(worst, _MOST))
+    evaluations = _evaluations(run, records.step)
     context = {
         "run": run.resolve().name,
         "step": records.step,
-        "scores": _score_table(run, records.step),
+        "scores": _score_table(run, evaluations, records.step),
+        "by_size": size_table(evaluations[records.step]),
         "protocol": records.protocol,
         "curves": _curves(read_run(run) if table is None else table),
         "categories": _category_table(records),
@@ -257,15 +267,20 @@ def _places(split: Split) -> dict[str, int]:
     return {str(name): row for row, name in enumerate(split.names)}
 
 
-def _score_table(run: Path, step: int) -> list[list[str]]:
+def _evaluations(run: Path, step: int) -> dict[int, Row]:
+    """The rows of the run's evaluations, among them that of a step."""
+    evaluations = {row["step"]: row for row in read_metrics(run, kind="evaluation")}
+    if step not in evaluations:
+        raise UserError(f"{METRICS} has no evaluation of step {step}; evaluate the run again")
+    return evaluations
+
+
+def _score_table(run: Path, evaluations: Mapping[int, Row], step: int) -> list[list[str]]:
     """The names of the columns, and rows of a score's name and its values in percent.
 
     The columns are the evaluation at ``step``, that of the records, the untrained network, the
     pretrained features if they were scored, and chance.
     """
-    evaluations = {row["step"]: row for row in read_metrics(run, kind="evaluation")}
-    if step not in evaluations:
-        raise UserError(f"{METRICS} has no evaluation of step {step}; evaluate the run again")
     scores = evaluations[step]
     columns = {"trained": scores, "untrained": evaluations.get(0, {})}
     if features := read_metrics(run, kind="pretrained"):

@@ -41,6 +41,7 @@ _BLOCK = 1 << 17  # bytes of a metrics file that are parsed at once; larger bloc
 _LONGEST = 18  # digits of an integer that is read as one; longer ones are read as floats
 _TYPES = frozenset((int, float, type(None), str))  # of a row's values; the text is its kind
 _RECALL = re.compile(r"recall@(\d+)")
+_AT_SIZE = re.compile(r"(recall@\d+|map@r|mrr|r_precision)@(\d+)")
 _SCORE_NAMES = {"r_precision": "R-precision", "map@r": "MAP@R", "mrr": "MRR"}
 
 
@@ -398,6 +399,25 @@ def recall_table(networks: Mapping[str, Mapping[str, Any] | None]) -> str:
             f"{scores['lone_queries']:.0f} queries without a match are excluded from all scores"
         )
     return "\n".join(lines)
+
+
+def size_table(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Scores in percent by the number of dimensions: the header, and a row per prefix and of all.
+
+    Args:
+      scores: of an evaluation, those of prefixes named as ``recall@1@64``.
+
+    Returns:
+      No row where no prefix was scored.
+    """
+    sizes = sorted({int(match[2]) for key in scores if (match := _AT_SIZE.fullmatch(key))})
+    if not sizes:
+        return []
+    names = [key for key in score_keys(scores) if f"{key}@{sizes[0]}" in scores]
+    rows = [["dimensions", *map(score_name, names)]]
+    for size in sizes:
+        rows.append([str(size), *(percent(scores.get(f"{name}@{size}")) for name in names)])
+    return [*rows, ["all", *(percent(scores[name]) for name in names)]]
 
 
 def percent(fraction: float | None) -> str:

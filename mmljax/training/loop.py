@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from mmljax.runs.loggers import Logger, make_loggers
 from mmljax.runs.profiler import Profiler, profiled_steps
 from mmljax.runs.recorder import Recorder
 from mmljax.runs.workdir import claimed
+from mmljax.text import text_table
 from mmljax.training import checkpoints, optim
 from mmljax.training.batches import make_batches
 from mmljax.training.checks import check_disk
@@ -216,17 +217,22 @@ def make_score(
     def score(
         state: TrainState, *, embed: Callable[[nnx.GraphDef], Embed] = make_embed
     ) -> Retrieval:
+        prefixes = config.model.matryoshka if embed is make_embed else ()  # of no features
         return score_dataset(
-            partial(embed(trainer.graphdef), *state.evaluated), dataset, config, mesh
+            partial(embed(trainer.graphdef), *state.evaluated), dataset, config, mesh, prefixes
         )
 
     return score
 
 
 def score_dataset(
-    embed: Callable[[Any], Any], dataset: Dataset, config: Config, mesh: Mesh
+    embed: Callable[[Any], Any],
+    dataset: Dataset,
+    config: Config,
+    mesh: Mesh,
+    prefixes: Sequence[int] = (),
 ) -> Retrieval:
-    """The evaluation that a config asks for, of images embedded by ``embed``."""
+    """The evaluation that a config asks for, of images embedded by ``embed``, and of prefixes."""
     return evaluate(
         embed,
         load.eval_batches(dataset.query, config, mesh),
@@ -234,6 +240,7 @@ def score_dataset(
             None if split is None else load.eval_batches(split, config, mesh)
             for split in (dataset.gallery, dataset.distractors)
         ),
+        prefixes=prefixes,
         recall_at=config.evaluation.recall_at,
         chunk=config.evaluation.gallery_chunk,
         mesh=mesh,
@@ -300,5 +307,7 @@ def _report(
         paths |= write_plot_and_page(files.local, dataset=dataset, config=config)
     columns = {"trained": results["scores"]} | {k: results.get(k) for k in writer.BEFORE_TRAINING}
     print(writer.recall_table(columns), flush=True)  # noqa: T201
+    if by_size := writer.size_table(results["scores"]):
+        print(text_table(by_size), flush=True)  # noqa: T201
     for name, path in paths.items():
         print(f"{name:<11}{files.shown(path)}", flush=True)  # noqa: T201

@@ -81,6 +81,8 @@ def make_objective(
         row_block=config.row_block,
         multiple_of=devices,
         class_sizes=class_sizes,
+        matryoshka=config.model.matryoshka,
+        matryoshka_weights=config.model.matryoshka_weights,
         seed=config.seed,
     )
 

@@ -285,6 +285,32 @@ def test_evaluation_of_batches_tells_labels_of_64_bits_apart(kind: type) -> None
     assert got.scores == expected
 
 
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_prefixes_are_scored_at_unit_length(own: bool) -> None:
+    random = np.random.default_rng(4)
+    labels = random.permutation(np.repeat(np.arange(6), 4)).astype(np.int32)
+    x = (random.normal(size=(6, 8))[labels] + random.normal(size=(24, 8))).astype("f4")
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    rows = [np.arange(24)] if own else np.split(np.arange(24), 2)
+    batches = [[Batch(x[part], labels[part], np.ones(len(part), bool))] for part in rows]
+    options = {"recall_at": (1, 2), "chunk": 8, "mesh": make_mesh(jax.devices()[:2])}
+    gallery = None if own else batches[1]
+    found = evaluate(jnp.asarray, batches[0], gallery, prefixes=(3, 8), **options)
+    cut = x[:, :3] / np.linalg.norm(x[:, :3], axis=1, keepdims=True)
+
+    def expected(x: np.ndarray) -> dict[str, float]:
+        others = (None, None) if own else (x[rows[1]], labels[rows[1]])
+        return retrieval_scores(x[rows[0]], labels[rows[0]], *others, **options).scores
+
+    assert found.scores == expected(x)
+    assert [*found.at_sizes] == [3]  # those of all dimensions are the scores themselves
+    assert found.at_sizes[3].keys() == {"recall@1", "recall@2", "mrr", "r_precision", "map@r"}
+    for name, value in found.at_sizes[3].items():
+        assert value == pytest.approx(expected(cut)[name], abs=1e-6)
+        assert found.summary()[f"{name}@3"] == value
+    assert found.at_sizes[3]["recall@1"] != found.scores["recall@1"]
+
+
 @pytest.mark.parametrize("geometry", [False, True])
 def test_embeddings_are_fetched_for_diagnostics_alone(
     geometry: bool, monkeypatch: pytest.MonkeyPatch

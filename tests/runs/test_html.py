@@ -79,6 +79,14 @@ def test_scores_are_those_of_the_ledger(run, text):
     assert names == ["Recall@1", "Recall@4", "Recall@10", "R-precision", "MAP@R", "MRR"]
 
 
+def test_scores_by_dimensions_are_a_table_of_their_own(run, text):
+    table = text.split("By the number of dimensions")[1].split("</table>")[0]
+    assert re.findall(r'scope="col">([^<]+)<', table) == ["dimensions", "Recall@1", "MAP@R"]
+    whole = [f"{100 * run.result.scores[key]:.1f}" for key in ("recall@1", "map@r")]
+    rows = re.findall(r'scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', table)
+    assert rows == [("4", "12.5", "6.2"), ("all", *whole)]
+
+
 def test_scores_by_category_are_means_over_its_queries(run, text):
     table = text.split('id="categories"')[1].split("</section>")[0]
     names = [str(name) for name in run.dataset.query.names]

@@ -425,6 +425,19 @@ def test_recall_table_of_scores_alone():
     ]
 
 
+def test_sizes_are_in_rising_order_and_all_dimensions_last():
+    scores = {"recall@1": 0.9, "recall@10": 0.99, "map@r": 0.5, "queries": 7.0}
+    cut = {"recall@1@128": 0.8, "map@r@128": 0.375, "recall@1@64": 0.7, "map@r@64": math.nan}
+    assert writer.size_table({**scores, **cut}) == [
+        ["dimensions", "Recall@1", "MAP@R"],
+        ["64", "70.0", "-"],
+        ["128", "80.0", "37.5"],
+        ["all", "90.0", "50.0"],
+    ]
+    assert writer.size_table(scores) == []
+    assert "128" not in writer.recall_table({"trained": {**scores, **cut}})
+
+
 # Imports.
 
 

@@ -100,6 +100,7 @@ FINE_TUNING: dict[str, Any] = {
                 "optimizer__layer_decay": 0.8,
                 "optimizer__proxies_dtype": "bfloat16",
                 "proxies_init": "class_means",
+                "model__matryoshka": (4, 16),
             },
             marks=pytest.mark.slow,
         ),

@@ -31,6 +31,7 @@ CONVOLUTIONS = ModelConfig(
 TOKENS = dataclasses.replace(
     CONVOLUTIONS, backbone="vit_s16", width=1, pooling="token", batch_norm="global"
 )
+PREFIXES = dataclasses.replace(CONVOLUTIONS, matryoshka=(2, tiny.SIZE))
 CONVOLUTIONS_32 = dataclasses.replace(CONVOLUTIONS, compute_dtype="float32")
 
 
@@ -61,10 +62,10 @@ def stepped(*arguments: Any, **options: Any) -> Any:
     ("config", "devices", "parts"),
     [
         (CONVOLUTIONS, 1, 8),
-        (CONVOLUTIONS, 8, 2),
+        (PREFIXES, 8, 2),
         (TOKENS, 2, 4),
     ],
-    ids=["convolutions", "convolutions on 8 devices", "tokens on 2 devices"],
+    ids=["convolutions", "prefixes on 8 devices", "tokens on 2 devices"],
 )
 def test_step_is_that_of_the_whole_batch(config: ModelConfig, devices: int, parts: int) -> None:
     """With dropped features and branches, mining and learned weights, on several devices."""

@@ -97,13 +97,20 @@ def test_gradient_is_that_of_the_weighted_sum(devices: int) -> None:
                 assert np.linalg.norm(a - b) <= 1e-9 * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
-def test_eight_devices_equal_one(dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "sizes"),
+    [
+        ("float32", 1e-5, ()),
+        ("float64", 1e-9, ()),
+        pytest.param("float64", 1e-9, (2, 4, 6), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_equal_one(dtype: str, tolerance: float, sizes: tuple[int, ...]) -> None:
     with jax.enable_x64(dtype == "float64"):
         results = []
         for devices in (1, 8):
             step, state, place, _ = tiny.make(
-                devices, dtype=jnp.dtype(dtype), optimizer=optax.sgd(1.0)
+                devices, dtype=jnp.dtype(dtype), optimizer=optax.sgd(1.0), matryoshka=sizes
             )
             results.append(gradients_of(step, state, place(tiny.batch(0))))
         (one, scalars), (eight, scalars_eight) = results
