@@ -161,6 +161,39 @@ def test_millions_of_classes_fit_a_pod(topology, classes, rows, batch_size, cach
     assert least < exchanged < 0.01 * network + least + 8 * batch_size * ROW
 
 
+@pytest.fixture
+def low_effort():
+    """The compiler takes about a fifth of its time; the memory differs by some per cent."""
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O1")
+    yield
+    jax.config.update("jax_optimization_level", before)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "topology"),
+    [
+        ("inshop_vit_s", "v5e:2x4"),
+        ("inshop_siglip2_b", "v5e:2x4"),
+        ("sop_vit_b", "v5e:2x4"),
+        ("cub_vit_b", "v5e:2x4"),
+        ("inshop_vit_l336", "v6e:2x4"),
+    ],
+)
+def test_recipes_fit_the_slice_that_they_name(recipe, topology, low_effort, capsys):
+    config = load_config(recipe)
+    target = chips.tpu_target(topology)
+    run = abstract_run(config, PUBLISHED[config.data.source], make_mesh(target.devices))
+    lowered = lower_step(run, config, channels=3)  # no cache: its keys do not hold the effort
+    memory = compile_program(lowered, name=topology, with_text=False).memory
+    assert target.chip is not None
+    with capsys.disabled():
+        gib = f"{memory.total / 2**30:.2f} of {target.chip.hbm / 2**30:.0f} GiB"
+        print(f"\n{recipe} on {topology}: {gib} per chip")
+    held = sum(state_bytes(run.state).values())
+    assert held < memory.total < target.chip.hbm
+
+
 def test_quickstart_is_planned_for_two_chips_at_once(cache, capsys):
     words = ["plan", "--config=quickstart", f"--cache={cache}", "--json"]
     assert main([*words, "--topology", "v5e:2x4", "v6e:2x4"]) == 0
