@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import ablation, ablation_table, pretrained_ablation
+from benchmarks import ablation, ablation_table, matryoshka, pretrained_ablation
 from mmljax.config import RunSize
 from mmljax.training.trainer import make_objective
 
@@ -134,3 +135,19 @@ def test_the_table_holds_what_was_tested(tmp_path: Path) -> None:
     lines = ablation_table.markdown(tmp_path).splitlines()
     assert lines[-2] == "| a |  | 52.0 ± 1.6 | 0 | 26.0 ± 0.8 | 0 |  |"
     assert lines[-1].startswith("| b | d 1.5 | 42.0 ± 1.6 | -10.0 [-10.0, -10.0] | 21.0 ± 0.8 |")
+
+
+@pytest.mark.parametrize("weights", matryoshka.ROWS.values())
+def test_every_row_of_the_study_of_fewer_dimensions_builds(weights: tuple[float, ...]) -> None:
+    options = argparse.Namespace(set="foods", features=Path("f"), size=64, rate=1e-3)
+    config = matryoshka.make_config(options, weights, seed=3)
+    assert (config.seed, config.optimizer.proxies.learning_rate) == (3, 1e-2)
+    objective = make_objective(config, classes=9, size=RunSize(32, 320, 400))
+    assert objective.prefixes == ((8, 16, 32, 64), weights or (1, 1, 1, 1))
+
+
+def test_cells_of_a_size_are_compared_by_seed() -> None:
+    plain = {seed: {"recall@1": 0.5 + 0.1 * seed} for seed in range(2)}
+    cut = {seed: {"recall@1": 0.6 + 0.1 * seed, "recall@1@8": 0.4 + 0.1 * seed} for seed in plain}
+    found = matryoshka.cells(cut, plain, "recall@1@8")
+    assert found == ["45.0", "-10.0 [-10.0, -10.0]", "-20.0 [-20.0, -20.0]"]

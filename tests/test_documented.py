@@ -64,6 +64,7 @@ ONLY_RECORDED = {  # how a command begins: why it is not run here
     "pre-commit": "it runs ruff, mypy and import-linter, as .ci/run does",
     "kubectl": "it needs a cluster",
     "python -m benchmarks.pretrained_ablation": "it takes hours; test_ablation.py builds its runs",
+    "python -m benchmarks.matryoshka": "it takes minutes; test_ablation.py builds its runs",
 }
 SHORT = ["--config.duration=2 steps", "--config.optimizer.warmup=1 steps"]
 SHORT += ["--config.optimizer.freeze_backbone=0 steps"]
