@@ -119,7 +119,7 @@ def evaluate(
       gallery_batches: of every gallery image, or None for self-retrieval.
       distractor_batches: of images that match no query, or None.
       prefixes: numbers of dimensions; of those below the embedding size, unit prefixes are scored
-        by Recall@K, R-precision, MAP@R and MRR. Each costs a search.
+        by Recall@K, R-precision, MAP@R and MRR, without distractors. Each costs a search.
       options: as of :func:`retrieval_scores`.
 
     Raises:
