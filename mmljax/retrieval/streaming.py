@@ -146,6 +146,8 @@ def release_pages(rows: np.ndarray) -> None:
 
     They stay in the system's cache while it has room. No value is lost: only maps that are
     read-only, or that write to the file itself, are touched.
+
+    >>> release_pages(np.zeros((2, 3)))  # of no file: nothing is to be done
     """
     mapped: Any = rows
     while isinstance(mapped.base, np.ndarray):

@@ -84,7 +84,7 @@ def test_parts_are_read_once_in_order_and_padded() -> None:
     rows.asked = []
     parts = [
         (first, part[:3].copy(), part.shape, part[len(gallery) - first :].any())
-        for first, part in streaming._parts(rows, 512)
+        for first, part in streaming._parts(rows, 512, unit=False)
     ]
     assert [key.start for key in rows.asked] == [0, 512, 1024]
     for first, start, shape, padding in parts:
@@ -124,7 +124,7 @@ def test_changes_in_a_private_map_are_not_lost(tmp_path: Path) -> None:
     np.save(path, np.zeros((5000, 4), np.float32))
     private = np.load(path, mmap_mode="c")
     private[:] = 1
-    for first, part in streaming._parts(private, 512):
+    for first, part in streaming._parts(private, 512, unit=False):
         assert part[: len(private) - first].all()
     assert private.all()
     assert isinstance(private.base, mmap.mmap)
