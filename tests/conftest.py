@@ -8,6 +8,7 @@ the compiler. The README's first run and the documented commands have XLA's defa
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 
 import jax
 import pytest
@@ -19,8 +20,10 @@ if _OWN_CACHE:
     jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
-QUICK = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"  # half the time
-if QUICK not in os.environ.get("XLA_FLAGS", ""):  # level 0 makes some gradients NaN (JAX 0.10.2)
+# Half the compiler's time; level 0 makes some gradients NaN (JAX 0.10.2). libtpu ends its process
+# at flags of the CPU's compiler.
+QUICK = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+if find_spec("libtpu") is None and QUICK not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 jax.config.update("jax_num_cpu_devices", 8)
