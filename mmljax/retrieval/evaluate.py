@@ -263,18 +263,15 @@ def retrieval_scores(
     on_device = score(queries, against, query_labels, gallery_labels, *counts)
     if distractors is not None:
         joined = _joined(against, query_labels, gallery_labels, distractors)
-        among, _, _ = score(queries, joined[0], query_labels, joined[1], *counts)
+        among, *_ = score(queries, joined[0], query_labels, joined[1], *counts)
         on_device[0].update({f"{name}/distractors": value for name, value in among.items()})
     pairs = (queries, query_labels), (gallery, gallery_labels)
     splits = [pair for pair in pairs if pair[0] is not None]
     extra = _diagnostics(splits, geometry=geometry, clustering=clustering)  # during the search
-    if distractors is not None:
-        extra["distractors"] = len(distractors)
+    extra |= {} if distractors is None else {"distractors": len(distractors)}
     values, neighbors, similarity = jax.tree.map(to_host, on_device)
     counted = relevant > 0
-    per_query = {
-        name: np.where(counted, value, np.float32(np.nan)) for name, value in values.items()
-    }
+    per_query = {k: np.where(counted, v, np.float32(np.nan)) for k, v in values.items()}
     return Retrieval(
         scores=_means(per_query, counted) | extra,
         queries=len(queries),

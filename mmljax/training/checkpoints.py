@@ -199,7 +199,7 @@ def _array_handler(processes: Any = None) -> ocp.PyTreeCheckpointHandler:
 
     Each device writes its part of a replicated array only where a part is large enough. By default
     orbax cuts every array, by a program for each shape and device that is compiled at the first
-    save, and training waits: 960 programs for 120 arrays of different shapes on eight devices.
+    save, and training waits.
     """
     kinds = ocp.type_handlers
     arrays = kinds.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
