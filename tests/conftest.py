@@ -2,7 +2,7 @@
 
 Programs that were compiled once are shared by all processes of a test session, through a folder
 that is removed at its end, and are compiled with less effort: most of the tests' time is that of
-the compiler. The README's first run and the documented commands have XLA's defaults.
+the compiler. What trains for minutes, the README's first run and the tutorial, has XLA's defaults.
 """
 
 import os

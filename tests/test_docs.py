@@ -107,7 +107,9 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
     assert len(blocks) == 10
     photographs(tmp_path / "photos")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = small_runs.environment(PATH=path, PYTHONPATH=str(small_runs.ROOT))
+    root = str(small_runs.ROOT)
+    # XLA's defaults, as the tests' flags make training several times slower.
+    environment = small_runs.environment(PATH=path, PYTHONPATH=root, XLA_FLAGS="")
     printed = []
     for number, block in enumerate(blocks, 1):
         done = subprocess.run(
