@@ -108,7 +108,7 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
     photographs(tmp_path / "photos")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     root = str(small_runs.ROOT)
-    # XLA's defaults, as the tests' flags make training several times slower.
+    # XLA's defaults: with the tests' flags training is slower.
     environment = small_runs.environment(PATH=path, PYTHONPATH=root, XLA_FLAGS="")
     printed = []
     for number, block in enumerate(blocks, 1):
