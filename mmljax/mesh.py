@@ -139,6 +139,13 @@ def agree(fine: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(fine)))
 
 
+def total(counts: np.ndarray) -> np.ndarray:
+    """The sum over all processes."""
+    if jax.process_count() == 1:
+        return counts
+    return np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
+
+
 def raise_together(problem: UserError | None, *, otherwise: str) -> None:
     """Raise the problem of process 0, if it has one, in all processes, with its exit code.
 

@@ -145,8 +145,13 @@ def train_batches(
     steps: range,
     *,
     neighbors: Neighbors | None = None,
+    skipped: dict[int, int] | None = None,
 ) -> Iterator[Batch]:
-    """Training batches of the given steps, on the devices."""
+    """Training batches of the given steps, on the devices.
+
+    ``skipped`` receives by step how many images of this process were replaced, being damaged.
+    """
+    of_files = {"skipped": skipped} if dataset.train.images.ndim == 1 else {}
     return _pipeline(dataset.train).train_batches(
         dataset.train,
         config=config.data,
@@ -155,6 +160,7 @@ def train_batches(
         rows=process_rows(config.data.batch_size, key="config.data.batch_size"),
         place=partial(place, mesh=mesh),
         neighbors=neighbors,
+        **of_files,
     )
 
 

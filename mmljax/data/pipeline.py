@@ -6,7 +6,8 @@ the batches are the same for any number of threads and processes, and from any f
 further augmentation runs on the devices (:mod:`mmljax.data.augmentation`).
 
 The pixels decoded at once are bounded. An image that takes more than its share of ``_BUDGET`` is
-not decoded within tf.data, but afterwards, when ``_BUDGET`` has room for it.
+not decoded within tf.data, but afterwards, when ``_BUDGET`` has room for it. So is an image that
+needs Pillow (:mod:`mmljax.data.decoding`), since the graph of tf.data calls no Python.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ import tensorflow as tf
 from jaxtyping import Bool, Float, Int
 
 from mmljax.config import DataConfig, choose
-from mmljax.data import transforms
+from mmljax.data import decoding, transforms
 from mmljax.data.array_pipeline import host_batch, one_ahead
 from mmljax.data.augmentation import train_augmentation
 from mmljax.data.composition import Neighbors, batch_sampler
+from mmljax.data.headers import needs_pillow, stated_shape
 from mmljax.data.limits import PixelBudget, check_sizes
 from mmljax.data.sampling import augmentation_numbers, ordered_indices
 from mmljax.data.tensorflow_devices import import_tensorflow
@@ -41,9 +43,10 @@ import_tensorflow()
 _log = logging.getLogger(__name__)
 
 _BUDGET = PixelBudget(2**27)  # at most 0.8 GB: 6 bytes a pixel, decoded and cropped
+_NEEDS_PILLOW = tf.function(needs_pillow, autograph=False)
+_STATED_SHAPE = tf.function(stated_shape, autograph=False)
 _BATCHES = 2  # made at a time, so that no thread idles while a batch waits for its last image
 
-_Crop = Callable[..., tf.Tensor]  # (contents, numbers, decoded_pixels=most) -> image
 _Others = Callable[[int], Int[np.ndarray, " m"]]  # candidates to replace an image
 
 
@@ -68,6 +71,7 @@ def train_batches(
     rows: slice,
     place: Callable[[Batch], Batch],
     neighbors: Neighbors | None = None,
+    skipped: dict[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Randomly cropped P x K batches, one per step.
 
@@ -83,6 +87,8 @@ def train_batches(
       rows: the part of the global batch that this process loads; no other row is read.
       place: from a NumPy batch of those rows to device arrays.
       neighbors: as for ``batch_sampler``.
+      skipped: receives by step how many images of these rows were replaced, where any was, before
+        the batch is yielded.
 
     Returns:
       Placed batches, images ``[b image_size image_size 3]`` uint8; each is placed while the one
@@ -113,7 +119,8 @@ def train_batches(
 
     first = range(config.batch_size)[rows].start
     augmented = train_augmentation(config, channels=3, seed=seed, first=first)
-    made = _read(split, plan, steps, crop=crop, config=config, others=others if skip else None)
+    instead = others if skip else None
+    made = _read(split, plan, steps, crop=crop, config=config, others=instead, skipped=skipped)
     return one_ahead(map(finish, made, steps))
 
 
@@ -206,7 +213,7 @@ def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
     for step in range(-(-count // size)):
         indices = ordered_indices(count, batch_size=size, step=step)
         rows = _rows(split, indices, np.zeros((size, transforms.NUMBERS)))
-        decoded = decode(rows)[0].numpy()[1:]
+        decoded, _ = decode(rows)
         found = rows.indices[decoded]
         valid[found[found >= 0]] = True
         for row in np.setdiff1d(np.arange(len(rows.indices)), decoded):
@@ -216,24 +223,32 @@ def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
     return valid
 
 
+class _Crop(NamedTuple):
+    """A crop of ``transforms``; equal ones share their graphs."""
+
+    image_size: int
+    resize_size: int
+    random: tuple[tuple[float, float], tuple[float, float], bool] | None  # scale, ratio, flip
+
+    def __call__(self, contents: tf.Tensor, numbers: tf.Tensor, **options: Any) -> tf.Tensor:
+        if self.random is None:
+            return transforms.center_crop(
+                contents, resize_size=self.resize_size, image_size=self.image_size, **options
+            )
+        scale, ratio, flip = self.random
+        size = self.image_size
+        return transforms.random_crop(
+            contents, numbers, image_size=size, scale=scale, ratio=ratio, flip=flip, **options
+        )
+
+
 def _random_crop(config: DataConfig) -> _Crop:
-    return functools.partial(
-        transforms.random_crop,
-        image_size=config.image_size,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        flip=config.flip,
-    )
+    scale, ratio = config.crop_scale, config.crop_ratio
+    return _Crop(config.image_size, config.resize_size, (scale, ratio, config.flip))
 
 
 def _center_crop(config: DataConfig) -> _Crop:
-    def crop(contents: tf.Tensor, numbers: tf.Tensor, **options: int) -> tf.Tensor:
-        del numbers
-        return transforms.center_crop(
-            contents, resize_size=config.resize_size, image_size=config.image_size, **options
-        )
-
-    return crop
+    return _Crop(config.image_size, config.resize_size, None)
 
 
 def _rows(split: Split, indices: Int[np.ndarray, " r"], numbers: np.ndarray) -> _Rows:
@@ -250,28 +265,33 @@ def _read(
     crop: _Crop,
     config: DataConfig,
     others: _Others | None = None,
+    skipped: dict[int, int] | None = None,
 ) -> Iterator[Batch]:
     """NumPy batches of the rows planned for each step, ``prefetch`` of them ahead.
 
-    An image that cannot be decoded is replaced by one of ``others``, if they are given.
+    An image that cannot be decoded is replaced by one of ``others``, if they are given, and counted
+    in ``skipped``.
     """
     decode = _decoder(_reader(split), crop, config)
 
     def make(step: int) -> tuple[Batch, dict[int, str]]:
         rows = plan(step)
-        decoded, images = (tensor.numpy()[1:] for tensor in decode(rows))
-        images, skipped = _complete(
+        decoded, images = decode(rows)
+        images, replaced = _complete(
             split, rows, decoded, images, crop=crop, others=others, threads=_threads(config)
         )
-        return host_batch(split, rows.indices, images), skipped
+        return host_batch(split, rows.indices, images), replaced
 
     pool = concurrent.futures.ThreadPoolExecutor(_BATCHES)
-    pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+    pending: collections.deque[tuple[int, concurrent.futures.Future[Any]]] = collections.deque()
     warned: set[int] = set()
 
     def finish() -> Batch:
-        batch, skipped = pending.popleft().result()
-        for image, why in skipped.items():
+        step, made = pending.popleft()
+        batch, replaced = made.result()
+        if skipped is not None and replaced:
+            skipped[step] = len(replaced)
+        for image, why in replaced.items():
             if image not in warned:
                 warned.add(image)
                 _log.warning(
@@ -281,7 +301,7 @@ def _read(
 
     try:
         for step in steps:
-            pending.append(pool.submit(make, step))
+            pending.append((step, pool.submit(make, step)))
             if len(pending) > config.prefetch:
                 yield finish()
         while pending:
@@ -292,31 +312,60 @@ def _read(
 
 def _decoder(
     read: Callable[[tf.Tensor], tf.Tensor], crop: _Crop, config: DataConfig
-) -> Callable[[_Rows], tuple[tf.Tensor, tf.Tensor]]:
-    """A function from rows to those that were decoded, ``[1 + m]``, and their images.
+) -> Callable[[_Rows], tuple[Int[np.ndarray, " m"], np.ndarray]]:
+    """A function from rows to those that were decoded, ascending, and their images.
 
-    Both begin with an entry that is none of the rows, so that they are never empty. Images that
-    take more pixels than their share of the budget, or that cannot be decoded, are missing.
+    Images that take more pixels than their share of the budget, that need Pillow, or that cannot be
+    decoded, are missing. What is no plain JPEG is decoded after the others, and read again: in one
+    graph for all files, plain ones would take half as long again.
+    """
+    threads = _threads(config)
+    share = _BUDGET.limit // (_BATCHES * threads)
+    plain, general = (
+        _graph(crop, read=read, threads=threads, share=share, plain=plain)
+        for plain in (True, False)
+    )
+
+    def decode(rows: _Rows) -> tuple[Int[np.ndarray, " m"], np.ndarray]:
+        decoded, images = (tensor.numpy()[1:] for tensor in plain(rows))
+        if len(decoded) == len(rows.indices):
+            return decoded, images
+        indices = rows.indices.copy()
+        indices[decoded] = -1  # not read again
+        more, others = (tensor.numpy()[1:] for tensor in general(rows._replace(indices=indices)))
+        new = indices[more] >= 0
+        decoded = np.concatenate([decoded, more[new]])
+        order = np.argsort(decoded)
+        return decoded[order], np.concatenate([images, others[new]])[order]
+
+    return decode
+
+
+@functools.lru_cache(maxsize=32)  # a graph takes about a second to make
+def _graph(
+    crop: _Crop, *, read: Callable[[tf.Tensor], tf.Tensor], threads: int, share: int, plain: bool
+) -> Callable[[_Rows], tuple[tf.Tensor, tf.Tensor]]:
+    """A function from rows to those that ``crop`` decoded, ``[1 + m]``, and their images.
+
+    Both begin with an entry that is none of the rows, so that they are never empty.
 
     tf.data runs within one graph, traced once, and calls no Python: an iterator over a Python
     generator can block the interpreter's exit when it is not exhausted.
     """
-    threads = _threads(config)
-    share = _BUDGET.limit // (_BATCHES * threads)
-    shape = [config.image_size, config.image_size, 3]
-    nothing = -1, np.zeros(shape, np.uint8)
+    shape = [crop.image_size, crop.image_size, 3]
+    nothing = np.int64(-1), np.zeros(shape, np.uint8)
 
     def load(row: tf.Tensor, rows: _Rows) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.cond(
             rows.indices >= 0,
-            lambda: crop(read(rows.contents), rows.numbers, decoded_pixels=share),
+            lambda: crop(read(rows.contents), rows.numbers, decoded_pixels=share, plain=plain),
             lambda: tf.zeros(shape, tf.uint8),
         )
         return row, tf.ensure_shape(image, shape)
 
     @tf.function(reduce_retracing=True)
     def decode(rows: _Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        count = len(rows.indices)
+        count = tf.size(rows.indices, out_type=tf.int64)
         dataset = tf.data.Dataset.from_tensor_slices((tf.range(count), rows))
         dataset = dataset.map(load, num_parallel_calls=threads, deterministic=True)
         dataset = tf.data.Dataset.from_tensors(nothing).concatenate(dataset.ignore_errors())
@@ -406,18 +455,34 @@ def _decode_one(
             f"{name} cannot be read ({type(error).__name__}); restore the file or point "
             "--config.data.directory at a complete copy of the data"
         ) from error
+    stored: bytes = contents.numpy()
     try:
-        height, width = transforms.stated_shape(contents).numpy().tolist()
-        if height * width > transforms.MAX_PIXELS:
+        height, width = _stated_shape(stored)
+        if height * width > decoding.MAX_PIXELS:
             raise _Undecodable(
                 f"{name} cannot be decoded: it states {width} x {height} pixels, and more than "
-                f"{transforms.MAX_PIXELS:,} are refused; store it smaller or remove it from the "
+                f"{decoding.MAX_PIXELS:,} are refused; store it smaller or remove it from the "
                 "data set's list"
             )
-        with _BUDGET.taken(height * width):
-            return crop(contents, tf.constant(numbers)).numpy()
-    except tf.errors.OpError as error:
-        raise _Undecodable(
-            f"{name} cannot be decoded: its {len(contents.numpy())} bytes are not a whole JPEG, "
-            "PNG, GIF or BMP image; fetch the file again or remove it from the data set's list"
-        ) from error
+        by_pillow = bool(_NEEDS_PILLOW(contents))
+        with _BUDGET.taken(height * width * (2 if by_pillow else 1)):
+            if by_pillow:
+                contents = tf.constant(decoding.upright_bmp(stored))
+            return _alone(crop)(contents, tf.constant(numbers)).numpy()
+    except (tf.errors.OpError, decoding.NotAnImage) as error:
+        raise _Undecodable(f"{name} cannot be decoded: {decoding.refusal(stored)}") from error
+
+
+def _stated_shape(contents: bytes) -> tuple[int, int]:
+    """Height and width that the header of an image file states."""
+    if decoding.is_avif(contents):
+        return decoding.avif_shape(contents)
+    height, width = _STATED_SHAPE(tf.constant(contents)).numpy().tolist()
+    return height, width
+
+
+@functools.lru_cache(maxsize=32)
+def _alone(crop: _Crop) -> Callable[..., tf.Tensor]:
+    """The crop as one graph."""
+    found: Callable[..., tf.Tensor] = tf.function(lambda *a: crop(*a), autograph=False)
+    return found

@@ -29,7 +29,7 @@ def thumbnail(split: Split, row: int, *, side: int) -> Image:
     Raises:
       UserError: naming an image that cannot be read, is damaged, or is far too large.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if split.images.ndim == 3:
         return Image.new("RGB", (side, side), "lightgrey")
@@ -41,7 +41,7 @@ def thumbnail(split: Split, row: int, *, side: int) -> Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _opened(stored) as image:
                 image.draft("RGB", (side, side))  # a JPEG is decoded at about this size
-                small = image.convert("RGB")
+                small = ImageOps.exif_transpose(image).convert("RGB")
                 small.thumbnail((side, side))
     except (OSError, ValueError, SyntaxError, *too_large) as error:
         raise UserError(

@@ -1,31 +1,36 @@
 """Decoding, cropping and augmenting one image, in TensorFlow.
 
-A random crop is a pure function of the file's bytes and of given uniform numbers. EXIF orientation
-is ignored; grey images become colour ones. An image whose header states more than ``MAX_PIXELS`` is
-refused before it is decoded. A JPEG is decoded at a half, a quarter or an eighth of its size where
-that leaves at least twice the wanted pixels a side; the resize then starts from there.
+A random crop is a pure function of the file's bytes and of given uniform numbers. Its window is one
+of the upright image: EXIF orientation is applied. Grey images become colour ones. An image whose
+header states more than ``MAX_PIXELS`` is refused before it is decoded. A JPEG is decoded at a half,
+a quarter or an eighth of its size where that leaves at least twice the wanted pixels a side; the
+resize then starts from there.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
+
+from mmljax.data.decoding import LEAST, MAX_PIXELS, SCALES
+from mmljax.data.headers import is_plain_jpeg, jpeg_orientation, needs_pillow, stated_shape
 
 _TRIES = 10
 
 NUMBERS = 2 * _TRIES + 3
 """How many uniform numbers ``random_crop`` takes."""
 
-_SCALES = np.array([1, 2, 4, 8], np.int32)  # by which a JPEG may be shrunk while it is decoded
+_SCALES = np.array(SCALES, np.int32)
 _OTHER = len(_SCALES)  # branch of what is not a JPEG
 
-MAX_PIXELS = 2**30 // 6
-"""The largest image that is decoded; Pillow calls larger ones decompression bombs."""
+# An upright image is the stored one, transposed or not and then mirrored; by EXIF orientation.
+_TRANSPOSED = np.array([False] * 5 + [True] * 4)
+_MIRRORED = np.array([[o in (3, 4, 7, 8), o in (2, 3, 6, 7)] for o in range(9)])  # rows, columns
 
 
 def random_crop(
@@ -37,6 +42,7 @@ def random_crop(
     ratio: tuple[float, float],
     flip: bool,
     decoded_pixels: int = MAX_PIXELS,
+    plain: bool = False,
 ) -> UInt8[tf.Tensor, "s s 3"]:
     """Decode only a random window of an image, resize it and perhaps mirror it.
 
@@ -45,26 +51,28 @@ def random_crop(
     first of ten draws that fits counts; else the largest window of an allowed shape, centred.
 
     Args:
-      contents: JPEG, PNG, BMP or GIF file (its first picture), a scalar string.
+      contents: a file that does not ``needs_pillow``: JPEG, PNG, WebP or BMP, a scalar string.
       numbers: ``[NUMBERS]`` float64, uniform in [0, 1).
       image_size: side of the result, pixels.
       scale: least and greatest share of the area.
       ratio: least and greatest width over height.
       flip: whether to mirror when the last number is below a half.
       decoded_pixels: the most pixels to decode; of a JPEG, those of the window at its scale.
+      plain: whether to refuse all but JPEGs that certainly have no EXIF, for which the graph is
+        much smaller, and so faster.
 
     Returns:
       ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
 
     Raises:
-      tf.errors.InvalidArgumentError: if the file cannot be decoded, states more than
+      tf.errors.InvalidArgumentError: if the file cannot be decoded, needs Pillow, states more than
         ``MAX_PIXELS``, or takes more than ``decoded_pixels``.
     """
-    contents, shape = _refuse_bombs(contents)
-    window = _random_window(shape[0], shape[1], numbers, scale=scale, ratio=ratio)
+    file = _checked(contents, plain=plain)
+    height, width = tf.unstack(file.shape)
+    window = _random_window(height, width, numbers, scale=scale, ratio=ratio)
     image = _rectangle(
-        contents,
-        shape,
+        file,
         corner=window[:2],
         sides=window[2:],
         size=[image_size, image_size],
@@ -81,6 +89,7 @@ def center_crop(
     resize_size: int,
     image_size: int,
     decoded_pixels: int = MAX_PIXELS,
+    plain: bool = False,
 ) -> UInt8[tf.Tensor, "s s 3"]:
     """Decode an image, resize its short side and crop it at the centre.
 
@@ -89,6 +98,7 @@ def center_crop(
       resize_size: short side before the crop, pixels.
       image_size: side of the result, pixels; at most ``resize_size``.
       decoded_pixels: as for ``random_crop``.
+      plain: as for ``random_crop``.
 
     Returns:
       ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
@@ -96,13 +106,12 @@ def center_crop(
     Raises:
       tf.errors.InvalidArgumentError: as ``random_crop``.
     """
-    contents, shape = _refuse_bombs(contents)
-    size = shape * resize_size // tf.reduce_min(shape)
+    file = _checked(contents, plain=plain)
+    size = file.shape * resize_size // tf.reduce_min(file.shape)
     image = _rectangle(
-        contents,
-        shape,
-        corner=tf.zeros_like(shape),
-        sides=shape,
+        file,
+        corner=tf.zeros_like(file.shape),
+        sides=file.shape,
         size=size,
         decoded_pixels=decoded_pixels,
     )
@@ -111,47 +120,58 @@ def center_crop(
     return tf.ensure_shape(image, [image_size, image_size, 3])
 
 
-def stated_shape(contents: Shaped[tf.Tensor, ""]) -> Int[tf.Tensor, "2"]:
-    """Height and width that the header of an image file states, int64; nothing is decoded.
+class _File(NamedTuple):
+    """An image file that may be decoded here."""
 
-    Of a GIF it is the canvas, which all its pictures share.
-
-    Raises:
-      tf.errors.InvalidArgumentError: if it is not a JPEG, PNG, GIF or BMP file.
-    """
-
-    def number(start: int, kind: tf.DType, *, little_endian: bool) -> tf.Tensor:
-        field = tf.strings.substr(contents, start, kind.size)
-        return tf.cast(tf.io.decode_raw(field, kind, little_endian=little_endian)[0], tf.int64)
-
-    def jpeg() -> tf.Tensor:
-        return tf.cast(tf.io.extract_jpeg_shape(contents)[:2], tf.int64)
-
-    def png() -> tf.Tensor:
-        return tf.stack([number(at, tf.int32, little_endian=False) for at in (20, 16)])
-
-    def gif() -> tf.Tensor:
-        return tf.stack([number(at, tf.uint16, little_endian=True) for at in (8, 6)])
-
-    def bmp() -> tf.Tensor:
-        known = tf.debugging.Assert(magic == b"BM", ["not a JPEG, PNG, GIF or BMP file"])
-        with tf.control_dependencies([known]):
-            sides = [number(at, tf.int32, little_endian=True) for at in (22, 18)]
-            return tf.abs(tf.stack(sides))  # a negative height means rows from the top down
-
-    def other() -> tf.Tensor:
-        return tf.case([(magic == b"\x89P", png), (magic == b"GI", gif)], default=bmp)
-
-    magic = tf.strings.substr(contents, 0, 2)
-    return tf.cond(tf.io.is_jpeg(contents), jpeg, other)
+    contents: tf.Tensor
+    shape: tf.Tensor  # height and width of the upright image, int32
+    orientation: tf.Tensor | None  # None: 1
 
 
-def _refuse_bombs(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The contents and the stated shape, once it is known not to exceed ``MAX_PIXELS``."""
-    shape = stated_shape(contents)
-    small = tf.debugging.Assert(tf.reduce_prod(shape) <= MAX_PIXELS, ["too large", shape])
-    with tf.control_dependencies([small]):
-        return tf.identity(contents), tf.cast(shape, tf.int32)
+def _checked(contents: tf.Tensor, *, plain: bool) -> _File:
+    """The file, once it is known not to need Pillow, nor to exceed ``MAX_PIXELS``."""
+    if plain:
+        checks = [tf.debugging.Assert(is_plain_jpeg(contents), ["no plain JPEG"])]
+        with tf.control_dependencies(checks):
+            shape = tf.cast(tf.io.extract_jpeg_shape(contents)[:2], tf.int64)
+    else:
+        checks, shape = [], stated_shape(contents)
+    checks.append(tf.debugging.Assert(tf.reduce_prod(shape) <= MAX_PIXELS, ["too large", shape]))
+    if not plain:
+        checks.append(tf.debugging.Assert(~needs_pillow(contents), ["needs Pillow"]))
+    with tf.control_dependencies(checks):
+        contents, shape = tf.identity(contents), tf.cast(shape, tf.int32)
+    if plain:
+        return _File(contents, shape, None)
+    orientation = jpeg_orientation(contents)
+    return _File(contents, _turned(shape, orientation), orientation)
+
+
+def _stored(
+    shape: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor, size: tf.Tensor, orientation: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
+    """Shape, corner, sides and size in the stored image of those in the upright one."""
+    mirrored = tf.gather(_MIRRORED, orientation)
+    corner = tf.where(mirrored, shape - corner - sides, corner)
+    return tuple(_turned(pair, orientation) for pair in (shape, corner, sides, size))
+
+
+def _turned(pair: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Rows and columns of the upright image from those of the stored one, or the reverse."""
+    return tf.where(tf.gather(_TRANSPOSED, orientation), pair[::-1], pair)
+
+
+def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """The upright image of pixels as they are stored."""
+    transposed = tf.gather(_TRANSPOSED, orientation)
+    image = tf.cond(transposed, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+    for axis in range(2):
+        image = tf.cond(
+            tf.gather(_MIRRORED[:, axis], orientation),
+            partial(tf.reverse, image, [axis]),
+            partial(tf.identity, image),
+        )
+    return image
 
 
 def _random_window(
@@ -183,16 +203,22 @@ def _random_window(
 
 
 def _rectangle(
-    contents: tf.Tensor,
-    shape: tf.Tensor,
+    file: _File,
     *,
     corner: tf.Tensor,
     sides: tf.Tensor,
     size: Any,
     decoded_pixels: int,
 ) -> UInt8[tf.Tensor, "h w 3"]:
-    """A rectangle of an image, resized; its ``corner`` (top, left) and ``sides`` are pixels."""
-    fits = tf.reduce_min(sides // size) >= 2 * _SCALES[1:]
+    """A rectangle of the upright image, resized; ``corner`` (top, left) and ``sides`` are pixels.
+
+    It is decoded and resized as it is stored, and turned then.
+    """
+    contents, shape, orientation = file
+    if orientation is not None:
+        pairs = shape, corner, sides, tf.stack(size)
+        shape, corner, sides, size = _stored(*pairs, orientation)
+    fits = tf.reduce_min(sides // size) >= LEAST * _SCALES[1:]
     halvings = tf.reduce_sum(tf.cast(fits, tf.int32))
     which = tf.where(tf.io.is_jpeg(contents), halvings, _OTHER)
     scale = tf.gather(np.append(_SCALES, _SCALES[:1]), which)
@@ -215,7 +241,8 @@ def _rectangle(
     image = tf.switch_case(which, [*(partial(decode, int(ratio)) for ratio in _SCALES), other])
     # The resize takes uint8: a float32 copy of a large image would take four times its memory.
     resized = _resize(image, corner, sides, size=size, scale=scale)
-    return tf.cast(resized + 0.5, tf.uint8)  # the cast truncates, so this rounds
+    rounded = tf.cast(resized + 0.5, tf.uint8)  # the cast truncates
+    return rounded if orientation is None else _upright(rounded, orientation)
 
 
 def _resize(

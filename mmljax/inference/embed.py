@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from mmljax.data.decoding import DECODING
 from mmljax.data.load import eval_batches, load_dataset
 from mmljax.data.readers.image_files import list_images
 from mmljax.errors import UserError
@@ -231,6 +232,7 @@ def write_embeddings(
         "source": source,
         "images": len(split.labels),
         "digest": images_digest(split),
+        "decoding": "none" if split.images.ndim > 1 else DECODING,
         "batch": trained.config.data.eval_batch_size,
         "rows_per_part": rows_per_part,
         "skip_corrupt": skip_corrupt,

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt8
 
 from mmljax.config import Config, choose
 from mmljax.data import load
+from mmljax.data.decoding import DECODING
 from mmljax.data.fingerprint import dataset_fingerprint
 from mmljax.data.readers.features import (
     DISTRACTORS,
@@ -95,6 +96,7 @@ def write_features(
         "batch": config.data.eval_batch_size,
         "images": dataset_fingerprint(dataset),
         **({DISTRACTORS: config.evaluation.distractors} if dataset.distractors else {}),
+        "decoding": "none" if dataset.train.images.ndim > 1 else DECODING,
     }
     with _Folder(output, identity) as folder:
         if folder.finished:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mmljax.data.decoding import DECODING
 from mmljax.data.fingerprint import fingerprint_contents, fingerprint_names
 from mmljax.errors import UserError
 from mmljax.files import write_atomically
@@ -69,7 +70,8 @@ def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
     ``data`` is a hash of the names and the grouping of query and gallery images, and depends
     neither on their order nor on the numbering of the labels; ``distractors``, if there are any, is
     a hash of their names. ``images`` is a hash of the stored contents of a few queries, so it tells
-    variants of a data set apart.
+    variants of a data set apart. ``decoding`` is how files become pixels; of two runs only one
+    may have turned photographs upright.
 
     Raises:
       UserError: if one of these images cannot be read.
@@ -82,6 +84,7 @@ def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
         "gallery": "the other queries" if gallery is None else len(gallery.labels),
         "items": len(np.unique(np.concatenate([split.labels for split in splits]))),
         "images": fingerprint_contents(query),
+        "decoding": "none" if query.images.ndim > 1 else DECODING,
         "resize": config.data.resize_size,
         "crop": config.data.image_size,
         "precision": f"{config.model.compute_dtype} network, float32 similarities",

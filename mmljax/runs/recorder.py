@@ -12,12 +12,16 @@ import optax
 
 from mmljax.errors import UserError
 from mmljax.losses.ledger import Scalars
+from mmljax.mesh import total
 from mmljax.runs.throughput import Compilations, InputWait
 from mmljax.runs.writer import Reporter
 from mmljax.types import Batch
 
 FIRST_STEPS = 2  # may compile: the first on the initial state, the second on the output of the step
 WINDOW = 10.0  # seconds; the input wait is judged over at least this long
+
+SKIPPED = "skipped_images"
+"""Of a row: images of the step's batch that could not be decoded, and were replaced."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ class Recorder:
         schedules: Mapping[str, optax.Schedule],
         *,
         input_wait_warning: float,
+        skipped: dict[int, int] | None = None,
     ) -> None:
         """Start the clocks.
 
@@ -39,7 +44,10 @@ class Recorder:
           schedules: learning rate of each optimiser group; added to the rows.
           input_wait_warning: fraction of the time waiting for input above which a warning is
             logged.
+          skipped: by the steps before a batch, how many of its images this process replaced; their
+            sum over the processes is the rows' :data:`SKIPPED`. None: the rows have no such entry.
         """
+        self._skipped = skipped
         self._reporter = reporter
         self._schedules = schedules
         self._input_wait_warning = input_wait_warning
@@ -69,8 +77,10 @@ class Recorder:
         Raises:
           UserError: at the first scalar that is not finite.
         """
-        for step, scalars in jax.device_get(self._rows):
+        counts = self._skipped_of([step for step, _ in self._rows])
+        for (step, scalars), count in zip(jax.device_get(self._rows), counts, strict=True):
             row = {name: float(value) for name, value in scalars.items()}
+            row |= {} if count is None else {SKIPPED: count}
             for group, schedule in self._schedules.items():
                 row[f"learning_rate/{group}"] = float(schedule(step - 1))
             self._reporter.train(step, row)
@@ -109,6 +119,15 @@ class Recorder:
         """Stop measuring steps and compilations."""
         self._wait.close()
         self._compilations.close()
+
+    def _skipped_of(self, steps: list[int]) -> list[int] | list[None]:
+        """How many images were replaced in the batches of some steps, in all processes."""
+        if self._skipped is None:
+            return [None] * len(steps)
+        counts: list[int] = total(
+            np.array([self._skipped.pop(step - 1, 0) for step in steps], np.int32)
+        ).tolist()
+        return counts
 
     def _judge_input(self, *, waited: float, seconds: float) -> None:
         """Warn when the input becomes slow, judged over at least ``WINDOW`` seconds."""

@@ -32,6 +32,8 @@ class BatchSource(NamedTuple):
     The relations of the state are refreshed where they are due. It is to be called before the first
     step of a process, and where a part begins.
     """
+    skipped: dict[int, int]
+    """By the steps before a batch, how many of its images this process replaced (``skip``)."""
 
 
 def make_batches(config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh) -> BatchSource:
@@ -44,6 +46,7 @@ def make_batches(config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh)
     every = refresh_every(config, trainer)
     refresh = make_refresh(config, dataset, trainer, mesh)
     small = _small_crops(config, dataset, trainer)
+    skipped: dict[int, int] = {}
     first = dataclasses.replace(
         config, data=dataclasses.replace(config.data, image_size=config.data.start_image_size)
     )
@@ -60,13 +63,14 @@ def make_batches(config: Config, dataset: Dataset, trainer: Trainer, mesh: Mesh)
             mesh,
             range(step, end),
             neighbors=on_host(state.neighbors),
+            skipped=skipped,
         )
         return state, batches
 
     def begins(step: int) -> bool:
         return step == small > 0 or (every > 0 and step % every == 0)
 
-    return BatchSource(small, begins, part)
+    return BatchSource(small, begins, part, skipped)
 
 
 def _small_crops(config: Config, dataset: Dataset, trainer: Trainer) -> int:

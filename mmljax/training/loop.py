@@ -34,7 +34,7 @@ from mmljax.runs import remote, writer
 from mmljax.runs.html import write_plot_and_page
 from mmljax.runs.loggers import Logger, make_loggers
 from mmljax.runs.profiler import Profiler, profiled_steps
-from mmljax.runs.recorder import Recorder
+from mmljax.runs.recorder import SKIPPED, Recorder
 from mmljax.runs.workdir import claimed
 from mmljax.text import text_table
 from mmljax.training import checkpoints, optim
@@ -156,7 +156,10 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
         # of s, so that a run which resumes from it has them all.
         recorder = Recorder(
-            reporter, trainer.schedules, input_wait_warning=config.log.input_wait_warning
+            reporter,
+            trainer.schedules,
+            input_wait_warning=config.log.input_wait_warning,
+            skipped=source.skipped if config.data.corrupt == "skip" else None,
         )
         stack.callback(recorder.close)
         stack.callback(profiler.close)
@@ -203,7 +206,7 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         scores=reporter.evaluations[total],
         config=to_dict(config),
         sessions=reporter.sessions,
-        extra={"protocol": protocol, **reporter.before_training},
+        extra={"protocol": protocol, **reporter.before_training, **_skipped(config, workdir)},
     )
     _report(config, files, saved.directory, dataset, results)
     return results
@@ -253,6 +256,14 @@ def _loggers(config: Config, workdir: Path, *, first: int) -> list[Logger]:
     if not is_main_process():
         return []
     return make_loggers(config.log, workdir, config=to_dict(config), start_step=first)
+
+
+def _skipped(config: Config, workdir: Path) -> dict[str, int]:
+    """The entry of the results that counts the replaced images of all steps."""
+    if config.data.corrupt != "skip":
+        return {}
+    rows = writer.read_metrics(workdir, kind="train")
+    return {SKIPPED: int(sum(row.get(SKIPPED, 0) for row in rows))}
 
 
 def _due(step: int, every: int) -> bool:

@@ -46,6 +46,19 @@ def test_links_that_are_not_followed_are_counted_and_named(
     )
 
 
+def test_pictures_that_are_not_read_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(str(tmp_path), "1.jpg", "2.webp", "3.avif", "a/4.HEIC", "5.tif", ".6.heic", "7.txt")
+    split = list_images([tmp_path], flag="--images")
+    assert split.names.tolist() == ["1.jpg", "2.webp", "3.avif"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "--images: left out 2 that are HEIC, TIFF or JPEG XL (convert them to JPEG, WebP or AVIF): "
+        f"{tmp_path}/5.tif, {tmp_path}/a/4.HEIC"
+    )
+
+
 def test_a_folder_of_broken_links_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "1.jpg").symlink_to("absent")
     with pytest.raises(UserError, match="holds no image"):

@@ -59,6 +59,17 @@ def test_grey_arrays_and_small_images_stay_what_they_are():
     np.testing.assert_array_equal(np.asarray(small), np.repeat(grey[0], 3, axis=-1))
 
 
+def test_a_photograph_is_shown_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    lying = Image.fromarray(gradient(120, 80)).transpose(Image.Transpose.ROTATE_90)
+    file = io.BytesIO()
+    lying.save(file, "JPEG", exif=exif)
+    small = thumbnail(split_of(one_object(file.getvalue())), 0, side=30)
+    assert small.size == (20, 30)
+    np.testing.assert_allclose(np.asarray(small, float), gradient(30, 20), atol=12)
+
+
 def test_webp_is_a_smaller_picture_for_less_quality():
     image = Image.fromarray(gradient(64, 64))
     files = [webp(image, side=side, quality=q) for side, q in ((64, 80), (32, 40))]

@@ -98,5 +98,16 @@ def test_the_protocol_depends_on_names_groups_contents_and_sizes_alone() -> None
     assert set(records.evaluation_protocol(more, config()).items()) - set(one.items()) == {
         ("distractors", fingerprint_names([more.distractors]))
     }
+    assert one["decoding"] == "none"
     resized = records.evaluation_protocol(dataset([0, 0, 1], names), config(resize_size=31))
     assert [key for key in one if resized[key] != one[key]] == ["resize"]
+
+
+def test_the_protocol_says_how_files_are_decoded() -> None:
+    images = np.empty(3, object)
+    images[:] = [b"1", b"2", b"3"]
+    files = Split(images, np.array([0, 0, 1], np.int32), np.array(["a", "b", "c"]))
+    data = Dataset(train=files, query=files, gallery=None, classes=2)
+    assert records.evaluation_protocol(data, config())["decoding"] == (
+        "upright by EXIF; JPEG at 1/1, 1/2, 1/4, 1/8 with at least 2 times the wanted pixels a side"
+    )

@@ -206,3 +206,15 @@ def test_the_objective_that_went_first_is_named(broken: dict[str, float], said: 
         row |= {f"loss/{name}": 1.0, f"weight/{name}": 2.0, f"gradient_proxies/{name}": 3.0}
     found = recorder_module.describe_broken(row | broken)
     assert re.match(said, found)
+
+
+def test_rows_count_the_replaced_images_of_their_step(reporter: Reporter, clock: Clock) -> None:
+    skipped = {0: 2, 2: 1}  # by the steps before the batch
+    recorder = Recorder(reporter, {}, input_wait_warning=0.2, skipped=skipped)
+    for step in (1, 2, 3):
+        recorder.add(step, {"loss": jnp.float32(step)})
+    skipped[3] = 5  # of a batch that is made ahead
+    recorder.flush()
+    assert [row["skipped_images"] for _, row in reporter.rows] == [2, 0, 1]
+    assert skipped == {3: 5}
+    recorder.close()

@@ -234,6 +234,29 @@ def test_changed_data_is_refused_when_a_run_resumes(tmp_path: Path) -> None:
         train.train(config, tmp_path / "run", dataset=changed)
 
 
+def test_replaced_images_are_counted_in_metrics_and_results(tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow", reason="image files are read by TensorFlow")
+    changes = {"data__corrupt": "skip", "duration": "6 steps", "evaluation__untrained": False}
+    config = make_config(tmp_path, **changes)
+    dataset = load.load_dataset(config)
+
+    def encoded(split: Split) -> Split:
+        files = np.empty(len(split.labels), object)
+        files[:] = [tf.io.encode_png(image).numpy() for image in split.images]
+        return split._replace(images=files)
+
+    splits = (dataset.train, dataset.query, dataset.gallery)
+    train_split, query, gallery = (encoded(split) for split in splits if split is not None)
+    train_split.images[4] = b"no image"
+    dataset = dataset._replace(train=train_split, query=query, gallery=gallery)
+    results = train.train(config, tmp_path / "run", dataset=dataset)
+    rows = read_metrics(tmp_path / "run", kind="train")
+    counts = [row["skipped_images"] for row in rows]
+    assert len(counts) == 6
+    assert set(counts) <= {0, 1}
+    assert results["skipped_images"] == sum(counts) > 0
+
+
 def test_recall_need_not_be_at_1(tmp_path: Path) -> None:
     """The best checkpoint is chosen by a score that the run has."""
     config = make_config(tmp_path, evaluation__recall_at=(2, 4), duration="2 steps")

@@ -7,7 +7,8 @@ import logging
 import os
 
 from mmljax.data import paths as files
-from mmljax.data.readers.image_files import SUFFIXES, is_image_name, warn_left_out
+from mmljax.data.decoding import SUFFIXES
+from mmljax.data.readers.image_files import is_image_name, is_unread_name, warn_left_out
 from mmljax.data.readers.splits import (
     DIRECTORY_FLAG,
     GALLERY,
@@ -29,8 +30,8 @@ def read_folder(directory: str | os.PathLike[str], *, test_share: float) -> Data
     ``DIR/train/CLASS/*`` with ``DIR/test/CLASS/*`` (searched among themselves) or with
     ``DIR/query/CLASS/*`` and ``DIR/gallery/CLASS/*``; or ``DIR/CLASS/*``, of which a share of the
     classes is held out for the test. Files count whose names end as those of images do
-    (``image_files.SUFFIXES``); hidden ones do not. Links that lead to no file or folder are left
-    out with a warning.
+    (``decoding.SUFFIXES``); hidden ones do not. Links that lead to no file or folder are left
+    out with a warning, and so are pictures whose kind is not read (``decoding.UNREAD``).
 
     Args:
       directory: DIR, local or remote.
@@ -105,13 +106,14 @@ def _images(
 ) -> list[ListedImage]:
     """The images of class folders, each given with its split; a class is named as its folder.
 
-    Image names that lead to no file are added to ``left_out``.
+    Image names that lead to no file, and pictures that are not read, are added to ``left_out``.
     """
     listed = files.list_each([files.join(root, folder) for folder in folders])
     images = []
     for (folder, split), listing in zip(folders.items(), listed, strict=True):
         names = [name for name in listing.files if is_image_name(name)]
         left_out += [f"{folder}/{name}" for name in listing.others if is_image_name(name)]
+        left_out += [f"{folder}/{name}" for name in listing.files if is_unread_name(name)]
         if not names:
             raise UserError(
                 f"{files.join(root, folder)} holds no image; the names of images end in "

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mmljax.data.decoding import SUFFIXES, UNREAD
 from mmljax.data.paths import check_unicode, list_folder
 from mmljax.errors import UserError
 from mmljax.types import Split
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
 
 _SHOWN = 3  # names in the warning of what is left out
 
@@ -23,8 +22,9 @@ _log = logging.getLogger(__name__)
 def list_images(paths: Sequence[str | os.PathLike[str]], *, flag: str) -> Split:
     """Image files by their paths, and those in all folders below a folder.
 
-    Left out with one warning, which counts them and names the first: links to folders (they are
-    not followed), and images that are broken or circular links, or no regular files.
+    Left out with a warning, which counts them and names the first: links to folders (they are
+    not followed), and images that are broken or circular links, or no regular files. So are
+    pictures whose kind is not read (``UNREAD``), with a warning of their own.
 
     Args:
       paths: files, which must exist, and folders, of which the files of ``SUFFIXES`` count
@@ -72,21 +72,29 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def is_unread_name(name: str) -> bool:
+    """Whether a file of this name is a picture that is not read: by its suffix, and not hidden."""
+    return name.lower().endswith(UNREAD) and not name.rpartition("/")[2].startswith(".")
+
+
 def warn_left_out(log: logging.Logger, where: str, names: Sequence[str]) -> None:
-    """One warning that counts the links and special files that are left out, and names the first.
+    """Warnings that count what is left out and name the first: links and special files, UNREAD.
 
     Args:
-      log: that takes the warning.
+      log: that takes the warnings.
       where: the flag that named the folder.
       names: of what is left out; no warning if empty.
     """
-    if names:
-        shown = [name.encode(errors="replace").decode() for name in names[:_SHOWN]]
-        more = ", ..." if len(names) > _SHOWN else ""
-        log.warning(
-            "%s: left out %d that are broken, circular or folder links, or no files: %s%s",
-            *(where, len(names), ", ".join(shown), more),
-        )
+    unread = [name for name in names if is_unread_name(name)]
+    links = [name for name in names if not is_unread_name(name)]
+    for found, text in (
+        (links, "that are broken, circular or folder links, or no files"),
+        (unread, "that are HEIC, TIFF or JPEG XL (convert them to JPEG, WebP or AVIF)"),
+    ):
+        if found:
+            shown = [name.encode(errors="replace").decode() for name in found[:_SHOWN]]
+            more = ", ..." if len(found) > _SHOWN else ""
+            log.warning("%s: left out %d %s: %s%s", where, len(found), text, ", ".join(shown), more)
 
 
 def _below(folder: Path) -> tuple[list[str], list[str]]:
@@ -98,6 +106,7 @@ def _below(folder: Path) -> tuple[list[str], list[str]]:
         parent = waiting.pop()
         listing = list_folder(folder / parent)
         names += [parent + name for name in listing.files if is_image_name(name)]
+        left_out += [parent + name for name in listing.files if is_unread_name(name)]
         left_out += [
             parent + name
             for name in listing.others
