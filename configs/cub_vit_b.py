@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.data.directory = "data/tfds"
     config.data.batch_size = 192
     config.data.images_per_class = 4
+    config.data.image_size = 224  # the weights take 518
     config.model.backbone = "dinov2_vit_b_14_reg"
     config.model.pooling = "token"
     config.proxies_init = "class_means"

@@ -26,8 +26,6 @@ def get_config() -> ConfigDict:
     config = mmljax.default_config()
     config.duration = "128 epochs"
     config.data.directory = "data/inshop"
-    config.data.image_size = 336
-    config.data.resize_size = 384
     config.data.batch_size = 128
     config.data.images_per_class = 2
     config.model.backbone = "unicom_vit_l_14_336"

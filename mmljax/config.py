@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from mmljax.errors import UserError
+from mmljax.preprocessing import RESAMPLINGS, evaluation_resize, preprocessing
 from mmljax.schema import Range, fill
 from mmljax.text import nearest, one_line
 
@@ -71,10 +72,12 @@ class DataConfig:
     check_counts: bool = True  # of TFDS's benchmarks: whether other numbers of images are an error
     test_share: Share = 0.5  # of the classes of a folder without train/, held out for the test
     corrupt: str = "error"  # training images that cannot be decoded: error, or skip (and warn)
-    image_size: Count = 224  # side of a training or evaluation crop, pixels
+    image_size: Natural = 0  # side of a training or evaluation crop, pixels; 0: as the backbone's
+    # published weights take it, 224 where it has none
     start_image_size: Natural = 0  # side of training crops at the beginning; 0: image_size
     start_until: str = "50%"  # duration of that beginning
-    resize_size: Count = 256  # short side before the evaluation crop, pixels
+    resize_size: Natural = 0  # short side before the evaluation crop, pixels; 0: image_size * 8 / 7
+    resampling: str = "auto"  # filter of resizing: bilinear, bicubic; auto: as the weights ask
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.16, 1.0)  # area share of a training crop
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height of a training crop
     flip: bool = True
@@ -288,6 +291,9 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", _with_preprocessing(self.data, self.model.backbone))
+
 
 def default_config(recipe: str | None = None) -> Any:
     """The complete config as an ``ml_collections.ConfigDict``, to be changed and trained.
@@ -305,7 +311,10 @@ def default_config(recipe: str | None = None) -> Any:
     """
     from ml_collections import ConfigDict
 
-    return ConfigDict(read_config_file(recipe) if recipe else dataclasses.asdict(Config()))
+    if recipe:
+        return ConfigDict(read_config_file(recipe))
+    # Not the data of a Config, whose sizes are those of its backbone already.
+    return ConfigDict(dataclasses.asdict(Config()) | {"data": dataclasses.asdict(DataConfig())})
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
@@ -322,6 +331,19 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(mapping, override)
     return from_mapping(mapping)
+
+
+def _with_preprocessing(data: DataConfig, backbone: str) -> DataConfig:
+    """The data's config with numbers and a filter where it leaves them to the backbone."""
+    weights = preprocessing(backbone)
+    size = data.image_size or weights.image_size
+    choose(dict.fromkeys(("auto", *RESAMPLINGS)), data.resampling, key="config.data.resampling")
+    return dataclasses.replace(
+        data,
+        image_size=size,
+        resize_size=data.resize_size or evaluation_resize(size),
+        resampling=weights.resampling if data.resampling == "auto" else data.resampling,
+    )
 
 
 def config_name(path_or_name: str) -> str:

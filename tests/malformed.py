@@ -279,6 +279,7 @@ def _small_data() -> Any:
         corrupt="skip",
         image_size=8,
         resize_size=8,
+        resampling="bilinear",
         batch_size=4,
         images_per_class=2,
         eval_batch_size=2,

@@ -27,6 +27,7 @@ from mmljax.data.sampling import ordered_indices
 from mmljax.types import Batch, Split
 
 _TRIES = 10
+_METHODS = {"bilinear": "linear", "bicubic": "cubic"}  # of jax.image.resize
 
 _T = TypeVar("_T")
 
@@ -139,7 +140,10 @@ def ordered_batches(
             step = (view - 1) * batches + step
             return augmented(_cropped(batch, config, seed=seed, step=step, first=first), step)
         cropped = resize_and_crop(
-            batch.images, resize_size=config.resize_size, image_size=config.image_size
+            batch.images,
+            resize_size=config.resize_size,
+            image_size=config.image_size,
+            resampling=config.resampling,
         )
         return batch._replace(images=cropped)
 
@@ -237,17 +241,17 @@ def augment(
     return affine_resample(images, jax.vmap(matrix)(keys), image_size=image_size)
 
 
-@functools.partial(jax.jit, static_argnames=("resize_size", "image_size"))
+@functools.partial(jax.jit, static_argnames=("resize_size", "image_size", "resampling"))
 def resize_and_crop(
-    images: UInt8[Array, "b h w ch"], *, resize_size: int, image_size: int
+    images: UInt8[Array, "b h w ch"], *, resize_size: int, image_size: int, resampling: str
 ) -> UInt8[Array, "b s s ch"]:
-    """Resize the short side, bilinear with antialiasing, then crop at the centre."""
+    """Resize the short side, antialiased, then crop at the centre."""
     _, height, width, channels = images.shape
     short = min(height, width)
     if short != resize_size:
         height, width = height * resize_size // short, width * resize_size // short
         shape = (len(images), height, width, channels)
-        resized = jax.image.resize(images.astype(jnp.float32), shape, "linear")
+        resized = jax.image.resize(images.astype(jnp.float32), shape, _METHODS[resampling])
         images = jnp.round(jnp.clip(resized, 0, 255)).astype(jnp.uint8)
     top, left = (height - image_size) // 2, (width - image_size) // 2
     return images[:, top : top + image_size, left : left + image_size]

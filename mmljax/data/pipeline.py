@@ -101,7 +101,7 @@ def train_batches(
     skip = choose({"error": False, "skip": True}, config.corrupt, key="config.data.corrupt")
     check_sizes(config, processes=jax.process_count())
     sample = batch_sampler(split.labels, config, seed=seed, neighbors=neighbors)
-    crop = _random_crop(config)
+    crop = _crop(config, random=True)
 
     def plan(step: int) -> _Rows:
         indices = sample(step)
@@ -191,7 +191,7 @@ def ordered_batches(
             )
         return _rows(split, indices[rows], numbers[rows])
 
-    crop = _random_crop(config) if view else _center_crop(config)
+    crop = _crop(config, random=view > 0)
     made = _read(split, plan, steps, crop=crop, config=config)
     if not view:
         return one_ahead(map(place, made))
@@ -206,7 +206,7 @@ def ordered_batches(
 
 def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
     """Which images can be read and decoded, each tried as an evaluation would decode it."""
-    crop = _center_crop(config)
+    crop = _crop(config, random=False)
     decode = _decoder(_reader(split), crop, config)
     size, count = config.eval_batch_size, len(split.labels)
     valid = np.zeros(count, bool)
@@ -228,27 +228,22 @@ class _Crop(NamedTuple):
 
     image_size: int
     resize_size: int
+    resampling: str
     random: tuple[tuple[float, float], tuple[float, float], bool] | None  # scale, ratio, flip
 
     def __call__(self, contents: tf.Tensor, numbers: tf.Tensor, **options: Any) -> tf.Tensor:
+        options |= {"image_size": self.image_size, "resampling": self.resampling}
         if self.random is None:
-            return transforms.center_crop(
-                contents, resize_size=self.resize_size, image_size=self.image_size, **options
-            )
+            return transforms.center_crop(contents, resize_size=self.resize_size, **options)
         scale, ratio, flip = self.random
-        size = self.image_size
         return transforms.random_crop(
-            contents, numbers, image_size=size, scale=scale, ratio=ratio, flip=flip, **options
+            contents, numbers, scale=scale, ratio=ratio, flip=flip, **options
         )
 
 
-def _random_crop(config: DataConfig) -> _Crop:
-    scale, ratio = config.crop_scale, config.crop_ratio
-    return _Crop(config.image_size, config.resize_size, (scale, ratio, config.flip))
-
-
-def _center_crop(config: DataConfig) -> _Crop:
-    return _Crop(config.image_size, config.resize_size, None)
+def _crop(config: DataConfig, *, random: bool) -> _Crop:
+    drawn = (config.crop_scale, config.crop_ratio, config.flip) if random else None
+    return _Crop(config.image_size, config.resize_size, config.resampling, drawn)
 
 
 def _rows(split: Split, indices: Int[np.ndarray, " r"], numbers: np.ndarray) -> _Rows:

@@ -25,6 +25,7 @@ _TRIES = 10
 NUMBERS = 2 * _TRIES + 3
 """How many uniform numbers ``random_crop`` takes."""
 
+_KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic"}
 _SCALES = np.array(SCALES, np.int32)
 _OTHER = len(_SCALES)  # branch of what is not a JPEG
 
@@ -41,6 +42,7 @@ def random_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: bool,
+    resampling: str = "bilinear",
     decoded_pixels: int = MAX_PIXELS,
     plain: bool = False,
 ) -> UInt8[tf.Tensor, "s s 3"]:
@@ -57,12 +59,13 @@ def random_crop(
       scale: least and greatest share of the area.
       ratio: least and greatest width over height.
       flip: whether to mirror when the last number is below a half.
+      resampling: one of ``preprocessing.RESAMPLINGS``; antialiased.
       decoded_pixels: the most pixels to decode; of a JPEG, those of the window at its scale.
       plain: whether to refuse all but JPEGs that certainly have no EXIF, for which the graph is
         much smaller, and so faster.
 
     Returns:
-      ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
+      ``[image_size image_size 3]`` uint8.
 
     Raises:
       tf.errors.InvalidArgumentError: if the file cannot be decoded, needs Pillow, states more than
@@ -76,6 +79,7 @@ def random_crop(
         corner=window[:2],
         sides=window[2:],
         size=[image_size, image_size],
+        resampling=resampling,
         decoded_pixels=decoded_pixels,
     )
     if flip:
@@ -88,6 +92,7 @@ def center_crop(
     *,
     resize_size: int,
     image_size: int,
+    resampling: str = "bilinear",
     decoded_pixels: int = MAX_PIXELS,
     plain: bool = False,
 ) -> UInt8[tf.Tensor, "s s 3"]:
@@ -97,11 +102,12 @@ def center_crop(
       contents: as for ``random_crop``.
       resize_size: short side before the crop, pixels.
       image_size: side of the result, pixels; at most ``resize_size``.
+      resampling: as for ``random_crop``.
       decoded_pixels: as for ``random_crop``.
       plain: as for ``random_crop``.
 
     Returns:
-      ``[image_size image_size 3]`` uint8; resized bilinearly with antialiasing.
+      ``[image_size image_size 3]`` uint8.
 
     Raises:
       tf.errors.InvalidArgumentError: as ``random_crop``.
@@ -113,6 +119,7 @@ def center_crop(
         corner=tf.zeros_like(file.shape),
         sides=file.shape,
         size=size,
+        resampling=resampling,
         decoded_pixels=decoded_pixels,
     )
     top, left = tf.unstack((size - image_size) // 2)
@@ -208,6 +215,7 @@ def _rectangle(
     corner: tf.Tensor,
     sides: tf.Tensor,
     size: Any,
+    resampling: str,
     decoded_pixels: int,
 ) -> UInt8[tf.Tensor, "h w 3"]:
     """A rectangle of the upright image, resized; ``corner`` (top, left) and ``sides`` are pixels.
@@ -240,13 +248,21 @@ def _rectangle(
 
     image = tf.switch_case(which, [*(partial(decode, int(ratio)) for ratio in _SCALES), other])
     # The resize takes uint8: a float32 copy of a large image would take four times its memory.
-    resized = _resize(image, corner, sides, size=size, scale=scale)
+    resized = _resize(image, corner, sides, size=size, scale=scale, resampling=resampling)
+    if resampling == "bicubic":  # it overshoots
+        resized = tf.clip_by_value(resized, 0, 255)
     rounded = tf.cast(resized + 0.5, tf.uint8)  # the cast truncates
     return rounded if orientation is None else _upright(rounded, orientation)
 
 
 def _resize(
-    image: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor, *, size: Any, scale: tf.Tensor
+    image: tf.Tensor,
+    corner: tf.Tensor,
+    sides: tf.Tensor,
+    *,
+    size: Any,
+    scale: tf.Tensor,
+    resampling: str,
 ) -> Float[tf.Tensor, "h w 3"]:
     """The rectangle of ``_rectangle`` from its pixels, which were decoded at 1 / ``scale``."""
 
@@ -261,10 +277,12 @@ def _resize(
             size=size,
             scale=factor,
             translation=offset * factor,
-            kernel_type="triangle",
+            kernel_type=_KERNELS[resampling],
             antialias=True,
         )[0]
 
+    if resampling != "bilinear":
+        return antialiased()
     return tf.cond(tf.reduce_all(sides <= size), plain, antialiased)
 
 

@@ -62,8 +62,8 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     ``embed`` takes crops of ``config.data.image_size`` pixels a side, uint8, made as evaluation
     makes them: the short side resized to ``config.data.resize_size``, then cropped at the centre.
     ``identity`` has ``config`` (its fingerprint), ``step``, ``weights`` (sixteen hexadecimal
-    digits of their bytes in the checkpoint) and the sizes. Merged adapters change embeddings by
-    rounding only.
+    digits of their bytes in the checkpoint), the sizes and the filter of resizing. Merged adapters
+    change embeddings by rounding only.
 
     >>> trained = load_embedder(run)  # the --workdir of a run
     >>> size = trained.config.data.image_size
@@ -98,6 +98,7 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
         "weights": weights_digest(_named(weights)),
         "image_size": data.image_size,
         "resize_size": data.resize_size,
+        "resampling": data.resampling,
         "embedding_size": size,
     }
     network, model_state = weights

@@ -120,9 +120,9 @@ def describe(trained: TrainedEmbedder, lowered: Lowered) -> dict[str, Any]:
     return {
         **trained.identity,
         "images": f"uint8 [n {data.image_size} {data.image_size} {trained.channels}], {colours}, "
-        f"0 to 255: the short side resized to {data.resize_size} pixels (bilinear, antialiased, "
-        f"the long side rounded down), then the central {data.image_size} x {data.image_size} "
-        "pixels",
+        f"0 to 255: the short side resized to {data.resize_size} pixels ({data.resampling}, "
+        "antialiased, the long side rounded down), then the central "
+        f"{data.image_size} x {data.image_size} pixels",
         "embeddings": f"float32 [n {size}], of unit length: inner products are cosines",
         "platforms": list(lowered.exported.platforms),
         "refused_platforms": lowered.refused,

@@ -36,7 +36,10 @@ PROVED = "proved"
 """One more column of rescored answers."""
 
 CHUNK = 32768  # gallery rows on the device at once
-_COMPARED = ("config", "step", "weights", "image_size", "resize_size", "embedding_size")
+_COMPARED = (
+    *("config", "step", "weights", "image_size", "resize_size", "resampling"),
+    "embedding_size",
+)
 
 
 def search(

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mmljax.models.vit import Architecture, VisionTransformer
+from mmljax.preprocessing import preprocessing
 
 
 class _Size(NamedTuple):
@@ -28,30 +29,32 @@ _SIZES = {  # Touvron et al. (2020, 2012.12877) gave the S its 6 heads
 }
 
 
-def _architecture(size: _Size, patch: int, pixels: int, **family: Any) -> Architecture:
-    return Architecture(*size, patch_size=patch, grid_size=pixels // patch, **family)
+def _named(kinds: Mapping[str, tuple[_Size, int]], **family: Any) -> dict[str, Architecture]:
+    """Architectures of a family by name, from sizes and sides of patches."""
+    return {
+        name: Architecture(
+            *size,
+            patch_size=patch,
+            grid_size=preprocessing(name).image_size // patch,
+            **family,
+        )
+        for name, (size, patch) in kinds.items()
+    }
 
 
 def _supervised() -> dict[str, Architecture]:
     """Of torchvision and timm; DINO's and MoCo v3's files have the same names and shapes."""
-    return {f"vit_{s}16": _architecture(_SIZES[s], 16, 224) for s in ("s", "b")}
+    return _named({f"vit_{s}16": (_SIZES[s], 16) for s in ("s", "b")})
 
 
 def _clip() -> dict[str, Architecture]:
     """OpenAI's (Radford et al. 2021, 2103.00020), and OpenCLIP's, which have the exact GELU."""
-    family = {"pixel_norm": "clip", "epsilon": 1e-5, "pre_norm": True}
-    quick = {**family, "activation": "gelu_quick"}
-    return {
-        "vit_b_32_clip": _architecture(_SIZES["b"], 32, 224, **quick),
-        "vit_b_16_clip": _architecture(_SIZES["b"], 16, 224, **quick),
-        "vit_l_14_clip": _architecture(_SIZES["l"], 14, 224, **quick),
-        "vit_l_14_336_clip": _architecture(_SIZES["l"], 14, 336, **quick),
-        "vit_h_14_clip": _architecture(_SIZES["h"], 14, 224, **quick),
-        "vit_b_32_openclip": _architecture(_SIZES["b"], 32, 224, **family),
-        "vit_b_16_openclip": _architecture(_SIZES["b"], 16, 224, **family),
-        "vit_l_14_openclip": _architecture(_SIZES["l"], 14, 224, **family),
-        "vit_h_14_openclip": _architecture(_SIZES["h"], 14, 224, **family),
-    }
+    family = {"epsilon": 1e-5, "pre_norm": True}
+    kinds = ("b", 32), ("b", 16), ("l", 14), ("l", "14_336"), ("h", 14)
+    named = {f"vit_{s}_{patch}": (_SIZES[s], int(str(patch)[:2])) for s, patch in kinds}
+    clip = {f"{name}_clip": kind for name, kind in named.items()}
+    openclip = {f"{name}_openclip": kind for name, kind in named.items() if "336" not in name}
+    return _named(clip, activation="gelu_quick", **family) | _named(openclip, **family)
 
 
 _SIGLIP = {  # published sizes by patch, pixels of the name without a number first
@@ -73,23 +76,19 @@ _SIGLIP = {  # published sizes by patch, pixels of the name without a number fir
 
 def _siglip() -> dict[str, Architecture]:
     """SigLIP (2303.15343), and SigLIP 2 (2502.14786) of fixed resolution, which is the same."""
-    found = {}
+    found: dict[str, Architecture] = {}
     for family, published in _SIGLIP.items():
         for (name, patch), sizes in published.items():
             size = _SIZES[name]
-            for pixels in sizes:
-                number = "" if pixels == sizes[0] else f"_{pixels}"
-                found[f"vit_{name}_{patch}{number}_{family}"] = _architecture(
-                    size,
-                    patch,
-                    pixels,
-                    pixel_norm="half",
-                    activation="gelu_tanh",
-                    class_token=False,
-                    pool="attention",
-                    pool_heads=size.heads,
-                    pool_mlp_dim=size.mlp_dim,
-                )
+            numbers = ["", *(f"_{pixels}" for pixels in sizes[1:])]
+            found |= _named(
+                {f"vit_{name}_{patch}{number}_{family}": (size, patch) for number in numbers},
+                activation="gelu_tanh",
+                class_token=False,
+                pool="attention",
+                pool_heads=size.heads,
+                pool_mlp_dim=size.mlp_dim,
+            )
     return found
 
 
@@ -97,13 +96,12 @@ def _dinov2() -> dict[str, Architecture]:
     """DINOv2 (Oquab et al. 2023, 2304.07193), and with registers (2309.16588)."""
     sizes = {name: (_SIZES[name], "gelu") for name in ("s", "b", "l")}
     sizes["g"] = _Size(40, 24, 64, 4096), "swiglu"
-    found = {}
+    found: dict[str, Architecture] = {}
     for name, (size, activation) in sizes.items():
         family = {"activation": activation, "layer_scale": 1e-5}
-        found[f"dinov2_vit_{name}_14"] = _architecture(
-            size, 14, 518, resampling="bicubic", **family
-        )
-        found[f"dinov2_vit_{name}_14_reg"] = _architecture(size, 14, 518, registers=4, **family)
+        plain = {f"dinov2_vit_{name}_14": (size, 14)}
+        found |= _named(plain, resampling="bicubic", **family)
+        found |= _named({f"dinov2_vit_{name}_14_reg": (size, 14)}, registers=4, **family)
     return found
 
 
@@ -112,11 +110,10 @@ def _dinov3() -> dict[str, Architecture]:
     sizes = {name: (_SIZES[name], "gelu") for name in ("s", "b", "l")}
     sizes["splus"] = _SIZES["s"], "swiglu"
     sizes["hplus"] = _Size(32, 20, 64, 5120), "swiglu"
-    return {
-        f"dinov3_vit_{name}_16": _architecture(
-            size,
-            16,
-            256,
+    found: dict[str, Architecture] = {}
+    for name, (size, activation) in sizes.items():
+        found |= _named(
+            {f"dinov3_vit_{name}_16": (size, 16)},
             activation=activation,
             epsilon=1e-5,
             registers=4,
@@ -125,20 +122,16 @@ def _dinov3() -> dict[str, Architecture]:
             bias="query_value",
             layer_scale=1e-5,
         )
-        for name, (size, activation) in sizes.items()
-    }
+    return found
 
 
 def _unicom() -> dict[str, Architecture]:
     """Unicom (An et al. 2023, 2304.05884)."""
-    sizes = {"b_32": (32, 224, 512), "b_16": (16, 224, 768), "l_14": (14, 224, 768)}
-    sizes["l_14_336"] = (14, 336, 768)
-    return {
-        f"unicom_vit_{name}": _architecture(
-            _SIZES[name[0]],
-            patch,
-            pixels,
-            pixel_norm="clip",
+    sizes = {"b_32": (32, 512), "b_16": (16, 768), "l_14": (14, 768), "l_14_336": (14, 768)}
+    found: dict[str, Architecture] = {}
+    for name, (patch, output_dim) in sizes.items():
+        found |= _named(
+            {f"unicom_vit_{name}": (_SIZES[name[0]], patch)},
             activation="relu6",
             epsilon=1e-5,
             class_token=False,
@@ -146,20 +139,17 @@ def _unicom() -> dict[str, Architecture]:
             pool="flat",
             output_dim=output_dim,
         )
-        for name, (patch, pixels, output_dim) in sizes.items()
-    }
+    return found
 
 
 def _perception() -> dict[str, Architecture]:
     """Core networks of the Perception Encoder (Bolya et al. 2025, 2504.13181)."""
-    sizes = {"s_16": (_SIZES["s"], 384), "b_16": (_SIZES["b"], 224), "l_14": (_SIZES["l"], 336)}
-    sizes["g_14"] = _Size(50, 16, 96, 8960), 448
-    return {
-        f"pe_core_vit_{name}": _architecture(
-            size,
-            int(name[2:]),
-            pixels,
-            pixel_norm="half",
+    sizes = {"s_16": _SIZES["s"], "b_16": _SIZES["b"], "l_14": _SIZES["l"]}
+    sizes["g_14"] = _Size(50, 16, 96, 8960)
+    found: dict[str, Architecture] = {}
+    for name, size in sizes.items():
+        found |= _named(
+            {f"pe_core_vit_{name}": (size, int(name[2:]))},
             epsilon=1e-5,
             class_token=name != "g_14",
             resampling="bilinear",
@@ -169,8 +159,7 @@ def _perception() -> dict[str, Architecture]:
             pool_heads=8,
             pool_mlp_dim=4 * size.heads * size.head_dim,
         )
-        for name, (size, pixels) in sizes.items()
-    }
+    return found
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {

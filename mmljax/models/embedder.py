@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from mmljax.config import ModelConfig, choose
 from mmljax.errors import UserError
-from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.backbones import Backbone, make_backbone
 from mmljax.models.head import Head
 from mmljax.models.lora import add_adapters
@@ -21,6 +20,7 @@ from mmljax.models.remat import REMATS, rematerialized
 from mmljax.models.vit import VisionTransformer
 from mmljax.models.weight_files import PACKAGED_WEIGHTS
 from mmljax.numerics import at_least_float32
+from mmljax.preprocessing import preprocessing
 
 PIXEL_NORMS = {  # mean and deviation of pixels in [0, 1], red, green and blue
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -222,8 +222,7 @@ def choose_pixel_norm(name: str, *, pretrained: str, backbone: str) -> str:
     packaged = PACKAGED_WEIGHTS.get(pretrained)
     own = packaged.pixel_norm if packaged else None
     if name == AUTO:
-        family = ARCHITECTURES.get(backbone)
-        return own or (family.pixel_norm if family else "imagenet")
+        return own or preprocessing(backbone).pixel_norm
     choose({**PIXEL_NORMS, AUTO: None}, name, key="config.model.pixel_norm")
     if own and name != own:
         raise UserError(

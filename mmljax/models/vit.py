@@ -39,7 +39,6 @@ class Architecture:
     mlp_dim: int  # channels between the two layers of an MLP
     patch_size: int  # pixels, the side of a patch
     grid_size: int  # patches along a side of its pretraining images
-    pixel_norm: str = "imagenet"  # the key of embedder.PIXEL_NORMS that it was trained with
     activation: str = "gelu"  # a key of attention.ACTIVATIONS
     epsilon: float = 1e-6  # of layer norms
     class_token: bool = True

@@ -87,6 +87,7 @@ def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
         "decoding": "none" if query.images.ndim > 1 else DECODING,
         "resize": config.data.resize_size,
         "crop": config.data.image_size,
+        "resampling": config.data.resampling,
         "precision": f"{config.model.compute_dtype} network, float32 similarities",
         "lone_queries": "left out of every score, and counted",
         "ties": "irrelevant before relevant",

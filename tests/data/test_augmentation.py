@@ -370,8 +370,8 @@ def test_eight_devices_equal_one_and_communicate_nothing() -> None:
 
 def config(**changes: Any) -> DataConfig:
     sizes = {"image_size": 16, "resize_size": 16, "batch_size": 8, "images_per_class": 2}
-    rules = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "threads": 1}
-    return DataConfig(**(sizes | rules | changes))
+    rules = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "resampling": "bilinear"}
+    return DataConfig(threads=1, **(sizes | rules | changes))
 
 
 def splits() -> dict[str, Split]:

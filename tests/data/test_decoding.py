@@ -125,7 +125,13 @@ def _split(contents: list[bytes]) -> Split:
 
 def _decoded(contents: list[bytes], side: int = HEIGHT) -> np.ndarray:
     """The central squares of images whose shorter side is ``side``, by the pipeline."""
-    config = DataConfig(image_size=side, resize_size=side, eval_batch_size=len(contents), threads=2)
+    config = DataConfig(
+        image_size=side,
+        resize_size=side,
+        resampling="bilinear",
+        eval_batch_size=len(contents),
+        threads=2,
+    )
     rows = slice(0, len(contents))
     split = _split(contents)
     batches = pipeline.eval_batches(split, config=config, rows=rows, place=lambda batch: batch)
@@ -295,7 +301,7 @@ def test_broken_files_for_pillow_are_named(files):
 _NUMBERS = np.zeros(transforms.NUMBERS)
 
 
-_CROP = pipeline._center_crop(DataConfig(image_size=8, resize_size=8))
+_CROP = pipeline._crop(DataConfig(image_size=8, resize_size=8, resampling="bilinear"), random=False)
 
 
 def test_an_avif_that_states_too_many_pixels_is_not_decoded(files):

@@ -36,6 +36,7 @@ def _config(**changes: Any) -> DataConfig:
         "corrupt": "error",
         "image_size": 24,
         "resize_size": 28,
+        "resampling": "bilinear",
         "crop_scale": (0.2, 1.0),
         "crop_ratio": (0.75, 4 / 3),
         "flip": True,
@@ -154,14 +155,19 @@ def test_evaluation_shows_every_image_once_in_order(files, rows):
         np.testing.assert_array_equal(image, expected)
 
 
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(50, 80), (80, 50), (37, 37), (20, 31)])
-def test_center_crop_against_pillow(shape):
+def test_center_crop_against_pillow(shape, filter):
     image = _picture(*shape, seed=4)
     short = min(shape)
     height, width = (28 * side // short for side in shape)
-    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    resized = np.asarray(
+        Image.fromarray(image).resize((width, height), Image.Resampling[filter.upper()])
+    )
     top, left = (height - 24) // 2, (width - 24) // 2
-    crop = transforms.center_crop(tf.constant(_png(image)), resize_size=28, image_size=24)
+    crop = transforms.center_crop(
+        tf.constant(_png(image)), resize_size=28, image_size=24, resampling=filter
+    )
     difference = np.abs(crop.numpy().astype(int) - resized[top : top + 24, left : left + 24])
     assert difference.max() <= 1
 
@@ -387,8 +393,9 @@ def test_other_kinds_of_files_are_refused(files):
         _eval(files)
 
 
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (60, 60), (200, 130), (20, 15)])
-def test_a_random_crop_against_pillow(shape):
+def test_a_random_crop_against_pillow(shape, filter):
     image, size = _picture(*shape, seed=3), 64
     table = np.random.default_rng(5).random((8, transforms.NUMBERS))
     windows = _windows(*shape, table, (0.2, 1.0), (0.75, 4 / 3))
@@ -400,9 +407,12 @@ def test_a_random_crop_against_pillow(shape):
             scale=(0.2, 1.0),
             ratio=(0.75, 4 / 3),
             flip=True,
+            resampling=filter,
         )
         window = Image.fromarray(image[top : top + height, left : left + width])
-        expected = np.asarray(window.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+        expected = np.asarray(window.resize((size, size), Image.Resampling[filter.upper()])).astype(
+            int
+        )
         if numbers[-1] < 0.5:
             expected = expected[:, ::-1]
         assert np.abs(crop.numpy() - expected).max() <= 1

@@ -24,6 +24,7 @@ import torch_networks
 from mmljax.models.architectures import ARCHITECTURES
 from mmljax.models.pretrained import convert, load_pretrained
 from mmljax.models.vit import Architecture, VisionTransformer
+from mmljax.preprocessing import preprocessing
 
 SIZE, HEADS, HIDDEN, DEPTH, GRID = 32, 2, 48, 2, 3
 OTHER = (4, 5)  # patches in height and width of the second images
@@ -363,7 +364,7 @@ def test_published_sizes_are_timms(name: str) -> None:
         return
     norms = {"imagenet": (0.485, 0.229), "half": (0.5, 0.5), "clip": (0.48145466, 0.26862954)}
     config = network.pretrained_cfg
-    assert (config["mean"][0], config["std"][0]) == norms[kind.pixel_norm]
+    assert (config["mean"][0], config["std"][0]) == norms[preprocessing(name).pixel_norm]
     assert config["input_size"][1] == kind.grid_size * kind.patch_size
 
 

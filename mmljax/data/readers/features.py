@@ -35,11 +35,12 @@ FORMAT = "mmljax features 1"
 
 # What of the model decides its pooled features; the rest is the head's.
 _BACKBONE_KEYS = ("backbone", "width", "pretrained", "pixel_norm", "pooling", "compute_dtype")
+_CROP_KEYS = ("image_size", "resize_size", "resampling")  # what decides an evaluation crop
 # What of the data's config does not decide how a random crop is made.
 _NOT_OF_CROPS = (
     *("source", "directory", "check_counts", "test_share", "corrupt", "synthetic"),
     *("batch_size", "images_per_class", "composition", "micro_batches", "threads", "prefetch"),
-    *("image_size", "resize_size"),
+    *_CROP_KEYS,
 )
 
 
@@ -143,7 +144,7 @@ def network_input(config: Config) -> dict[str, Any]:
     """What of a config decides the features of an evaluation crop."""
     return {
         "model": {key: getattr(config.model, key) for key in _BACKBONE_KEYS},
-        "data": {key: getattr(config.data, key) for key in ("image_size", "resize_size")},
+        "data": {key: getattr(config.data, key) for key in _CROP_KEYS},
     }
 
 
