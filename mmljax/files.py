@@ -6,9 +6,13 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
+
+from mmljax.errors import UserError
+from mmljax.text import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -77,3 +81,44 @@ def acquire_lock(path: Path, *, wait: bool = False) -> IO[str]:
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()
     return file
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, names: Sequence[str], *, flag: str) -> Iterator[Path]:
+    """A folder in which files are made before they replace those of an earlier command.
+
+    They are made in ``folder/.partial`` and moved one by one, the last of ``names`` at the end, and
+    that of an earlier command is removed before. A process killed before the move leaves the old
+    files; during it, whole files without the last one.
+
+    Args:
+      folder: made if absent.
+      names: of the files; what is not made is removed.
+      flag: that named the folder, for errors.
+
+    Raises:
+      UserError: if the folder cannot be written, or another command writes it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with acquire_lock(folder / ".lock"):
+            partial = folder / ".partial"
+            shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+            partial.mkdir()
+            try:
+                yield partial
+                (folder / names[-1]).unlink(missing_ok=True)
+                for name in names:
+                    if (partial / name).exists():
+                        os.replace(partial / name, folder / name)
+                    else:
+                        (folder / name).unlink(missing_ok=True)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                (folder / ".lock").unlink()
+    except Locked as holder:
+        raise UserError(
+            f"{flag}={folder} is being written by {holder}; wait for it to end, or name another"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{flag}={folder} cannot be written: {one_line(error)}") from error

@@ -1,16 +1,21 @@
-"""Write the network of a run as a file that needs only jax and numpy, and check it.
+"""Write the network of a run as a file that needs only jax and numpy, or as a folder to publish.
 
     mmljax export RUN --output exported/
+    mmljax export RUN --output published/ --format hub --license apache-2.0
 
 The file is loaded in a process that can import nothing else, and must give the run's embeddings and
-neighbours there; receipt.json has the result. The exit code is 1 if it does not. The command runs
-on the CPU unless JAX_PLATFORMS is set.
+neighbours there; receipt.json has the result. The exit code is 1 if it does not. With --format hub
+the folder has safetensors, configs and a model card, and --upload OWNER/NAME puts it on the Hugging
+Face hub (--dry-run: says what would be uploaded). The command runs on the CPU unless JAX_PLATFORMS
+is set.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 from mmljax.cli import options as shared
 from mmljax.errors import UserError, require
@@ -23,25 +28,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_step(parser)
     parser.add_argument("--output", type=shared.local_path, required=True, help="folder to write")
     parser.add_argument(
+        "--format", choices=tuple(FORMATS), default="jax", help="of what is written; default jax"
+    )
+    checked = parser.add_argument_group("the check of --format jax")
+    checked.add_argument(
         "--images",
         nargs="+",
         metavar="PATH",
         help="images for the check, files or folders; default: the run's own queries",
     )
-    parser.add_argument(
-        "--count", type=shared.at_least(2), default=64, help="how many of them; default 64"
+    checked.add_argument("--count", type=shared.at_least(2), help="how many of them; default 64")
+    hub = parser.add_argument_group("--format hub")
+    hub.add_argument(
+        "--license", metavar="ID", help="of the weights, as the hub names it, such as apache-2.0"
     )
+    hub.add_argument("--upload", metavar="OWNER/NAME", help="repository on the Hugging Face hub")
+    hub.add_argument("--private", action="store_true", help="if the repository is made")
+    hub.add_argument("--dry-run", action="store_true", help="say what --upload would do")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export and check; 1 if the check fails."""
-    require("flatbuffers", extra="offline", purpose="mmljax export")
+    """Export; 1 if the check fails."""
+    for name, value in FORMATS.items():
+        for flag in value.flags if name != options.format else ():
+            if getattr(options, flag) not in (None, False):
+                raise UserError(
+                    f"--{flag.replace('_', '-')} belongs to --format {name}; omit one of them"
+                )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return FORMATS[options.format].export(options)
+
+
+def _hub(options: argparse.Namespace) -> int:
+    from mmljax.inference import embed, hub
+
+    if options.upload and not options.license:
+        raise UserError("--upload needs --license ID, as the hub names it, such as apache-2.0")
+    if (options.dry_run or options.private) and not options.upload:
+        raise UserError("--dry-run and --private belong to --upload OWNER/NAME")
+    trained = embed.load(options.run, step=options.step)
+    sizes = hub.write_folder(
+        trained, options.output, run=options.run, license_id=options.license or "unknown"
+    )
+    listed = ", ".join(f"{name} ({size:,} bytes)" for name, size in sizes.items())
+    print(printable(f"{options.output}: {listed}"))
+    if options.upload and options.dry_run:
+        print(printable(f"--dry-run: {options.upload} would get these files; nothing was sent"))
+    elif options.upload:
+        private = options.private
+        address = hub.upload(options.output, options.upload, sizes=sizes, private=private)
+        print(printable(f"{address}: load it by mmljax.load_embedder({address!r})"))
+    return 0
+
+
+def _jax(options: argparse.Namespace) -> int:
+    require("flatbuffers", extra="offline", purpose="mmljax export")
     from mmljax.inference import embed, export
 
     trained = embed.load(options.run, step=options.step)
     split = embed.chosen_images(trained, images=options.images, split=None)
-    split = embed.rows_of(split, slice(options.count))
+    split = embed.rows_of(split, slice(options.count or 64))
     if len(split.labels) < 2:
         raise UserError("--images: one image has no neighbours to compare; name at least two")
     receipt = export.export_run(trained, split, options.output)
@@ -53,3 +99,14 @@ def run(options: argparse.Namespace) -> int:
     )
     print(printable(text))
     return 0 if receipt["holds"] else 1
+
+
+class _Format(NamedTuple):
+    export: Callable[[argparse.Namespace], int]
+    flags: tuple[str, ...]  # that no other format has
+
+
+FORMATS = {
+    "jax": _Format(_jax, ("images", "count")),
+    "hub": _Format(_hub, ("license", "upload", "private", "dry_run")),
+}

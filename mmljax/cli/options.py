@@ -38,6 +38,11 @@ def place(text: str) -> Path | str:
     return text if "://" in text else Path(text)
 
 
+def run_place(text: str) -> Path | str:
+    """An argparse type: as ``place``, or an exported network as ``hf:OWNER/NAME@COMMIT``."""
+    return text if text.startswith("hf:") else place(text)
+
+
 def local_path(text: str) -> Path:
     """An argparse type: a path of this machine, which an address is not."""
     if "://" in text:
@@ -56,9 +61,11 @@ def fetch_runs(options: argparse.Namespace) -> None:
     """
     for name in ("run", "run_a", "run_b"):
         if isinstance(address := getattr(options, name, None), str):
+            from mmljax.inference import hub
             from mmljax.runs.remote import fetched
 
-            setattr(options, name, fetched(address))
+            fetch = hub.fetch if address.startswith("hf:") else fetched
+            setattr(options, name, fetch(address))
 
 
 def add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
@@ -66,8 +73,9 @@ def add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
     parser.add_argument(
         name,
         metavar=name.upper(),
-        type=place,
-        help="directory or address of a run: the --workdir of train",
+        type=run_place,
+        help="directory or address of a run: the --workdir of train; embed, search and export also "
+        "take an exported folder, or hf:OWNER/NAME@COMMIT",
     )
 
 

@@ -23,6 +23,7 @@ from mmljax.errors import UserError
 from mmljax.inference import embedder
 from mmljax.inference.embedder import TrainedEmbedder
 from mmljax.inference.embedding_file import FLOAT32, FORMAT, embeddings_table
+from mmljax.inference.hub import SOURCE
 from mmljax.inference.parquet_parts import Parts
 from mmljax.retrieval.evaluate import embed_batches
 from mmljax.types import Batch, Split
@@ -59,6 +60,8 @@ def chosen_images(
                 "colour; use a --split of the run's own data set"
             )
         return list_images(images, flag="--images")
+    if trained.config.data.source == SOURCE:
+        raise UserError("an exported network has no data set of its own; name --images")
     found = getattr(load_dataset(trained.config, create=False), split or "query")
     if found is None:
         raise UserError("--split=gallery: the run has no gallery of its own; use --split=query")

@@ -24,6 +24,7 @@ from mmljax.config import Config, LoraConfig, ModelConfig, fingerprint
 from mmljax.data.load import FEATURES
 from mmljax.data.readers.features import read_identity
 from mmljax.errors import UserError
+from mmljax.inference import hub
 from mmljax.mesh import make_mesh, replicated
 from mmljax.models.embedder import make_embedder
 from mmljax.models.lora import merge_adapters
@@ -72,14 +73,18 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
     True
 
     Args:
-      path: a run's directory, its ``checkpoints``, or one of these; or the address of a run.
+      path: a run's directory, its ``checkpoints``, or one of these; or the address of a run; or the
+        folder of ``mmljax export --format hub``, or ``hf:OWNER/NAME@COMMIT`` with such a folder.
       step: of the checkpoint; the latest if None.
 
     Raises:
       UserError: if there is no run, no checkpoint or no such step, the config is damaged, or the
         checkpoint does not fit it.
     """
-    run, step = _run_and_step(fetched(path), step)
+    path = hub.fetch(path) if isinstance(path, str) and path.startswith("hf:") else fetched(path)
+    if hub.is_folder(path):
+        return _published(path, step)
+    run, step = _run_and_step(path, step)
     config = read_config(run)
     step = _checked_step(run, step)
     checkpoint = PartialCheckpoint(checkpoints_of(run), step=step)
@@ -107,7 +112,33 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
         model = dataclasses.replace(config.model, lora=LoraConfig())
         config = dataclasses.replace(config, model=model)
         graphdef, _ = _abstract(model, channels)
-    embed_with = make_embed(graphdef)
+    return _trained(config, identity, channels, graphdef, Weights(network, model_state), mesh)
+
+
+def _published(folder: Path, step: int | None) -> TrainedEmbedder:
+    """The network of an exported folder."""
+    found = hub.read_folder(folder)
+    if step not in (None, found.identity["step"]):
+        raise UserError(
+            f"--step={step} is not in {folder}, which has step {found.identity['step']} alone"
+        )
+    graphdef, target = _abstract(found.config.model, found.channels)
+    whole = hub.filled(target._asdict(), found, folder=folder)
+    mesh = make_mesh()
+    weights = Weights(**jax.device_put(whole, replicated(mesh)))
+    return _trained(found.config, found.identity, found.channels, graphdef, weights, mesh)
+
+
+def _trained(
+    config: Config,
+    identity: dict[str, Any],
+    channels: int,
+    graphdef: nnx.GraphDef,
+    weights: Weights,
+    mesh: Mesh,
+) -> TrainedEmbedder:
+    """The network with its function of crops."""
+    data, embed_with = config.data, make_embed(graphdef)
     crop = (data.image_size, data.image_size, channels)
 
     def embed(images: UInt8[Array, "b s s ch"]) -> Float[Array, "b d"]:
@@ -117,9 +148,9 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
                 f"images must be uint8 [b {data.image_size} {data.image_size} {channels}], found "
                 f"{images.dtype} {images.shape}; crop them as the run's evaluation does"
             )
-        return embed_with(network, model_state, images)
+        return embed_with(*weights, images)
 
-    return TrainedEmbedder(config, identity, channels, graphdef, network, model_state, embed, mesh)
+    return TrainedEmbedder(config, identity, channels, graphdef, *weights, embed, mesh)
 
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
@@ -239,11 +270,7 @@ def _channels(config: ModelConfig, saved: dict[str, tuple[int, ...]], *, run: Pa
 
 
 def _shapes(target: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(target)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {name: tuple(leaf.shape) for name, leaf in hub.arrays_by_name(target).items()}
 
 
 def weights_digest(state: Any) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from jaxtyping import Float, UInt8
 
 from mmljax.data.load import eval_batches
 from mmljax.errors import UserError
-from mmljax.files import Locked, acquire_lock, write_atomically
+from mmljax.files import replacing, write_atomically
 from mmljax.inference.embedder import TrainedEmbedder
 from mmljax.retrieval.search import nearest_neighbors
 from mmljax.text import one_line
@@ -213,10 +212,7 @@ def parity(live: Float[np.ndarray, "n d"], reloaded: Float[np.ndarray, "n d"]) -
 
 
 def export_run(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str, Any]:
-    """Write the three files, and return the receipt.
-
-    They are made and checked in ``folder/.partial``, then moved, the receipt last. A process killed
-    before the move leaves the old files; during it, complete files without a receipt.
+    """Write the three files, the receipt last, and return the receipt; see ``files.replacing``.
 
     Args:
       trained: the network.
@@ -227,27 +223,8 @@ def export_run(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str
       UserError: if the folder cannot be written or another export writes it, an image cannot be
         read, or the file cannot be loaded.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with acquire_lock(folder / ".lock"):
-            partial = folder / ".partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-            partial.mkdir()
-            try:
-                receipt = _export(trained, split, partial)
-                (folder / RECEIPT).unlink(missing_ok=True)  # the old file's
-                for name in (ARTEFACT, DESCRIPTION, RECEIPT):
-                    os.replace(partial / name, folder / name)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-                (folder / ".lock").unlink()
-    except Locked as holder:
-        raise UserError(
-            f"--output={folder} is being written by {holder}; wait for it to end, or name another"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--output={folder} cannot be written: {one_line(error)}") from error
-    return receipt
+    with replacing(folder, (ARTEFACT, DESCRIPTION, RECEIPT), flag="--output") as partial:
+        return _export(trained, split, partial)
 
 
 def _export(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str, Any]:

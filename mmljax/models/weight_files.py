@@ -113,13 +113,23 @@ def _locate_packaged(weights: PackagedWeights, source: str) -> Path:
     return path
 
 
-def _download(source: str) -> Path:
+def hub_address(source: str, *, flag: str) -> tuple[str, str]:
+    """Repository and commit of ``hf:OWNER/NAME@COMMIT``.
+
+    Raises:
+      UserError: if it is none, or names no commit in full.
+    """
     match = _HUB.fullmatch(source)
     if not match:
         raise UserError(
-            f"{_KEY}={source!r} must be hf:OWNER/NAME@COMMIT with the 40 hexadecimal digits of a "
+            f"{flag} must be hf:OWNER/NAME@COMMIT with the 40 hexadecimal digits of a "
             "commit, so that the weights cannot change"
         )
+    return match[1], match[2]
+
+
+def _download(source: str) -> Path:
+    repository, commit = hub_address(source, flag=f"{_KEY}={source!r}")
     require("huggingface_hub", extra="pretrained", purpose=f"{_KEY}={source}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -127,7 +137,7 @@ def _download(source: str) -> Path:
     errors: list[Exception] = []
     for name in _HUB_FILES:
         try:
-            return Path(hf_hub_download(match[1], name, revision=match[2]))
+            return Path(hf_hub_download(repository, name, revision=commit))
         except (EntryNotFoundError, OSError, ValueError) as error:
             errors.append(error)
             if not isinstance(error, EntryNotFoundError):

@@ -17,6 +17,7 @@ import pytest
 
 import saved
 from commands import run
+from mmljax import files
 from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.files import acquire_lock
@@ -164,7 +165,7 @@ def test_a_stopped_export_leaves_the_old_files_and_receipt(
     query = load.load_dataset(saved_run.config).query
     with monkeypatch.context() as patch:
         if how == "killed":  # nothing is cleaned up
-            patch.setattr(export.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
         fault = OSError(28, "No space left on device") if how == "full disk" else KeyboardInterrupt
         patch.setattr(export, stage, Mock(side_effect=fault))
         with pytest.raises((KeyboardInterrupt, UserError)):
@@ -191,7 +192,7 @@ def test_an_export_killed_while_it_moves_files_leaves_whole_files(
             calls.append(Path(target).name)
         replace(source, target)
 
-    monkeypatch.setattr(export.os, "replace", replace_some)
+    monkeypatch.setattr(files.os, "replace", replace_some)
     with pytest.raises(KeyboardInterrupt):
         run("export", saved_run.folder, "--output", folder, "--count=20", "--step=5")
     assert not (folder / "receipt.json").exists()  # neither file's receipt beside the other file

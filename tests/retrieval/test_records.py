@@ -73,9 +73,9 @@ def dataset(labels: list[int], names: list[str], *, brightness: int = 0) -> Data
     return Dataset(train=split, query=split, gallery=None, classes=2)
 
 
-def config(*, resize_size: int = 30) -> Any:
+def config(*, resize_size: int = 30, resampling: str = "bilinear") -> Any:
     return SimpleNamespace(
-        data=SimpleNamespace(resize_size=resize_size, image_size=28),
+        data=SimpleNamespace(resize_size=resize_size, image_size=28, resampling=resampling),
         model=SimpleNamespace(compute_dtype="float32"),
     )
 
@@ -101,6 +101,8 @@ def test_the_protocol_depends_on_names_groups_contents_and_sizes_alone() -> None
     assert one["decoding"] == "none"
     resized = records.evaluation_protocol(dataset([0, 0, 1], names), config(resize_size=31))
     assert [key for key in one if resized[key] != one[key]] == ["resize"]
+    filtered = records.evaluation_protocol(dataset([0, 0, 1], names), config(resampling="bicubic"))
+    assert [key for key in one if filtered[key] != one[key]] == ["resampling"]
 
 
 def test_the_protocol_says_how_files_are_decoded() -> None:
