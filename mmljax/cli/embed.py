@@ -3,8 +3,10 @@
     mmljax embed RUN --images photos/ --output photos.parquet
 
 The columns are id, label and embedding; --dtype int8 and binary add small copies of the vectors,
-which mmljax search then reads in place of them. The same command resumes where it was interrupted,
-and makes the same file. Memory holds the list of images and the embeddings of one part.
+which mmljax search then reads in place of them. --dims N keeps the first N dimensions, scaled to
+unit length, for which --config.model.matryoshka trains a run. The same command resumes where it was
+interrupted, and makes the same file. Memory holds the list of images and the embeddings of one
+part.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax embed``."""
     shared.add_run(parser)
     shared.add_step(parser)
+    shared.add_dims(parser)
     shared.add_images(parser)
     parser.add_argument(
         "--output", type=shared.local_path, required=True, help="Parquet file to write"
@@ -38,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     require("pyarrow", extra="offline", purpose="mmljax embed")
     from mmljax.inference import embed
 
-    trained = embed.load(options.run, step=options.step)
+    trained = embed.load(options.run, step=options.step, dims=options.dims)
     done = embed.write_embeddings(
         trained,
         embed.chosen_images(trained, images=options.images, split=options.split),

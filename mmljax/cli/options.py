@@ -84,6 +84,16 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
 
 
+def add_dims(parser: argparse.ArgumentParser) -> None:
+    """``--dims``."""
+    parser.add_argument(
+        "--dims",
+        type=at_least(1),
+        metavar="N",
+        help="use the first N dimensions of the embeddings, at unit length; default: all",
+    )
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """``--images`` or ``--split``, ``--skip-corrupt`` and ``--rows-per-part``."""
     choice = parser.add_mutually_exclusive_group(required=True)

@@ -4,10 +4,10 @@
 
 The search of float32 embeddings is exact. In a file of embed --dtype int8 or binary, --rescore N
 scores the N best of each query again with float32, and prints for how many queries the answers are
-proved to be those of the float32 search. Memory holds one part of the queries and one chunk of the
-gallery, however large the gallery is. The same command with --output resumes where it was
-interrupted. With --threshold, answers below it are left out, and a query without an answer has
-"no match".
+proved to be those of the float32 search. A file of embed --dims N is searched with --dims N. Memory
+holds one part of the queries and one chunk of the gallery, however large the gallery is. The same
+command with --output resumes where it was interrupted. With --threshold, answers below it are left
+out, and a query without an answer has "no match".
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax search``."""
     shared.add_run(parser)
     shared.add_step(parser)
+    shared.add_dims(parser)
     parser.add_argument(
         "--embeddings",
         type=shared.local_path,
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     from mmljax.inference.embedding_file import read_metadata
 
     made_from = read_metadata(options.embeddings)
-    trained = embed.load(options.run, step=options.step)
+    trained = embed.load(options.run, step=options.step, dims=options.dims)
     search.check_fit(
         made_from, trained, k=options.k, rescore=options.rescore, where=options.embeddings
     )

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax threshold``."""
     shared.add_run(parser)
     shared.add_step(parser)
+    shared.add_dims(parser)
     parser.add_argument(
         "--false-match-rate",
         type=shared.share,
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from mmljax.runs.reader import load_run_data
 
     dataset = load_run_data(options.run, directory=options.directory)[1]
-    trained = embed.load(options.run, step=options.step)
+    trained = embed.load(options.run, step=options.step, dims=options.dims)
     images = threshold.embed_sets(
         trained,
         dataset,

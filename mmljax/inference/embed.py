@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from mmljax.config import ModelConfig
 from mmljax.data.decoding import DECODING
 from mmljax.data.load import eval_batches, load_dataset
 from mmljax.data.readers.image_files import list_images
@@ -31,13 +32,38 @@ from mmljax.types import Batch, Split
 _log = logging.getLogger(__name__)
 
 
-def load(run: Path, *, step: int | None) -> TrainedEmbedder:
-    """The network of a run, with an evaluation batch size that this machine's devices divide."""
+def load(run: Path, *, step: int | None, dims: int | None = None) -> TrainedEmbedder:
+    """The network of a run, with an evaluation batch size that this machine's devices divide.
+
+    Args:
+      run: its directory.
+      step: of the checkpoint; the latest if None.
+      dims: how many of the first dimensions its embeddings have; all if None. A warning says if
+        the run was not trained for that number.
+
+    Raises:
+      UserError: as :func:`mmljax.inference.embedder.load_embedder`, and if there are fewer.
+    """
     trained = embedder.load_embedder(run, step=step)
+    if dims is not None:
+        trained = embedder.with_dimensions(trained, dims)
+        _warn_if_untrained(trained.config.model, dims)
     data, devices = trained.config.data, jax.device_count()
     size = -(-data.eval_batch_size // devices) * devices
     data = dataclasses.replace(data, eval_batch_size=size)
     return trained._replace(config=dataclasses.replace(trained.config, data=data))
+
+
+def _warn_if_untrained(model: ModelConfig, dims: int) -> None:
+    weights = model.matryoshka_weights or (1.0,) * len(model.matryoshka)
+    sizes = [size for size, weight in zip(model.matryoshka, weights, strict=True) if weight > 0]
+    if dims not in (*sizes, model.embedding_size):
+        _log.warning(
+            "warning: --dims=%d is no size that the run was trained for (%s); it may find less "
+            "than a run with that size in --config.model.matryoshka",
+            dims,
+            ", ".join(map(str, sizes)) or f"{model.embedding_size} alone",
+        )
 
 
 def chosen_images(
@@ -129,7 +155,7 @@ def _embed(
 ) -> Float[np.ndarray, "n d"]:
     total, done = len(split.labels), 0
     if not total:
-        return np.zeros((0, trained.config.model.embedding_size), np.float32)
+        return np.zeros((0, trained.identity["embedding_size"]), np.float32)
 
     def counted() -> Iterator[Batch]:
         nonlocal done

@@ -28,13 +28,16 @@ from mmljax.inference import hub
 from mmljax.mesh import make_mesh, replicated
 from mmljax.models.embedder import make_embedder
 from mmljax.models.lora import merge_adapters
-from mmljax.retrieval.evaluate import make_embed
+from mmljax.retrieval.evaluate import first_dimensions, make_embed
 from mmljax.runs.reader import CONFIG, read_config
 from mmljax.runs.remote import checkpoints_of, fetched
 from mmljax.training.checkpoints import PartialCheckpoint, steps_in
 from mmljax.training.freezing import split_network
 from mmljax.training.state import make_model
 from mmljax.types import Params, overlaid
+
+FIRST_OF = "first_of"
+"""Of an identity whose embeddings are the first dimensions of longer ones: the longer size."""
 
 
 class Weights(NamedTuple):
@@ -151,6 +154,30 @@ def _trained(
         return embed_with(*weights, images)
 
     return TrainedEmbedder(config, identity, channels, graphdef, *weights, embed, mesh)
+
+
+def with_dimensions(trained: TrainedEmbedder, dims: int) -> TrainedEmbedder:
+    """The network with the first dimensions of its embeddings, at unit length.
+
+    Its ``identity`` has their number as ``embedding_size``, and the whole size as ``FIRST_OF``.
+
+    Raises:
+      UserError: if the embeddings have fewer dimensions.
+    """
+    size = trained.identity["embedding_size"]
+    if dims > size:
+        raise UserError(
+            f"--dims={dims} is more than the {size} dimensions of the run's embeddings; name at "
+            f"most {size}"
+        )
+    if dims == size:
+        return trained
+
+    def embed(images: UInt8[Array, "b s s ch"]) -> Float[Array, "b d"]:
+        return first_dimensions(trained.embed(images), dims)
+
+    identity = trained.identity | {"embedding_size": dims, FIRST_OF: size}
+    return trained._replace(identity=identity, embed=embed)
 
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:

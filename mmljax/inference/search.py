@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from mmljax.errors import UserError
 from mmljax.inference import embed
-from mmljax.inference.embedder import TrainedEmbedder
+from mmljax.inference.embedder import FIRST_OF, TrainedEmbedder
 from mmljax.inference.embedding_file import (
     FLOAT32,
     Gallery,
@@ -128,11 +128,20 @@ def check_fit(
             "omit it, or make the file by mmljax embed --dtype int8"
         )
     ours, theirs = trained.identity["embedding_size"], made_from["embedding_size"]
-    if ours != theirs:
+    if ours == theirs:
+        return
+    whole = trained.identity.get(FIRST_OF, ours)
+    if made_from.get(FIRST_OF, theirs) != whole:
         raise UserError(
             f"{where} holds embeddings of size {theirs}, but the run's are of size {ours}; make it "
             "by mmljax embed with this run"
         )
+    cure = "omit --dims" if theirs == whole else f"search with --dims={theirs}"
+    again = "without --dims" if ours == whole else f"with --dims={ours}"
+    raise UserError(
+        f"{where} holds {theirs} dimensions of each embedding, but the queries have {ours}; "
+        f"{cure}, or make the file by mmljax embed {again}"
+    )
 
 
 def differences(made_from: dict[str, Any], trained: TrainedEmbedder) -> list[str]:

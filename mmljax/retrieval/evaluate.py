@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from mmljax.losses.prefixes import unit_prefix
 from mmljax.mesh import to_host
 from mmljax.numerics import l2_normalize
 from mmljax.retrieval import metrics
@@ -139,15 +140,16 @@ def evaluate(
     at_sizes = {}
     for size in prefixes:
         if size < queries.shape[1]:
-            cut, others = (x if x is None else _unit_prefix(x, size) for x in (queries, gallery))
+            cut, others = (
+                x if x is None else first_dimensions(x, size) for x in (queries, gallery)
+            )
             found = retrieval_scores(cut, query_labels, others, gallery_labels, **options)
             at_sizes[size] = {k: v for k, v in found.scores.items() if _OF_PREFIXES.fullmatch(k)}
     return result._replace(at_sizes=at_sizes)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _unit_prefix(vectors: Array, size: int) -> Array:
-    return l2_normalize(vectors[:, :size])
+first_dimensions = jax.jit(unit_prefix, static_argnames="size")
+"""The first dimensions of embeddings at unit length, of ``(vectors, size)``."""
 
 
 def embed_batches(

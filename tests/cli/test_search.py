@@ -13,11 +13,12 @@ from pyarrow import parquet
 
 import saved
 from commands import run
+from mmljax.config import ModelConfig
 from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.inference import embed, embedder, search
 from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
-from mmljax.inference.parquet_parts import METADATA
+from mmljax.inference.parquet_parts import METADATA, metadata
 from mmljax.retrieval.quantization import decode, quantize
 
 
@@ -207,6 +208,88 @@ def test_what_cannot_be_rescored(saved_run, gallery, small_gallery):
         ask(saved_run.folder, small_gallery, "--rescore=3")
     with pytest.raises(UserError, match="--rescore=9: .* float32 embeddings alone.*--dtype int8"):
         ask(saved_run.folder, gallery, "--rescore=9")
+
+
+@pytest.fixture(scope="module")
+def short_gallery(saved_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gallery") / "short.parquet"
+    arguments = "embed", saved_run.folder, "--split=gallery", "--dtype=int8", "--output", path
+    run(*arguments, "--dims=6")
+    with pytest.raises(UserError, match="embedding_size: 6 -> 7"):
+        run(*arguments, "--dims=7")
+    return path
+
+
+def test_the_first_dimensions_are_searched_at_unit_length(
+    saved_run, gallery, short_gallery, tmp_path, capsys
+):
+    dataset = load.load_dataset(saved_run.config)
+    cut = []
+    for split in (dataset.query, dataset.gallery):
+        vectors = saved.own_embeddings(saved_run, split, step=5)[0][:, :6].astype(np.float64)
+        cut.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    table, found = parquet.read_table(short_gallery), metadata(short_gallery)
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), cut[1], atol=1e-6)
+    assert {len(code) for code in table["code"].to_pylist()} == {6}
+    assert (found["embedding_size"], found["first_of"]) == (6, 16)
+
+    order, similarity = slow_search(*cut, k=4)
+    ask(
+        saved_run.folder,
+        short_gallery,
+        "--dims=6",
+        "--rescore=24",
+        "--output",
+        tmp_path / "a.jsonl",
+    )
+    assert "--dims=6 is no size that the run was trained for (16 alone)" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == dataset.gallery.names[order.ravel()].tolist()
+    np.testing.assert_allclose([row["similarity"] for row in rows], similarity.ravel(), atol=1e-6)
+    assert all(row["proved"] for row in rows)
+
+    run(
+        "embed",
+        saved_run.folder,
+        "--split=gallery",
+        "--dims=16",
+        "--output",
+        tmp_path / "x.parquet",
+    )
+    assert (tmp_path / "x.parquet").read_bytes() == gallery.read_bytes()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_queries_and_gallery_have_the_same_number_of_dimensions(
+    saved_run, gallery, short_gallery, tmp_path
+):
+    refused = "dimensions of each embedding, but the queries have"
+    for file, more, text in (
+        (short_gallery, [], f"6 {refused} 16; search with --dims=6, or .* embed without --dims"),
+        (short_gallery, ["--dims=7"], f"6 {refused} 7; search with --dims=6, or .* with --dims=7"),
+        (gallery, ["--dims=6"], f"16 {refused} 6; omit --dims, or .* embed with --dims=6"),
+        (gallery, ["--dims=17"], "--dims=17 is more than the 16 .* name at most 16"),
+        (gallery, ["--dims=0"], "--dims: must be at least 1, found 0"),
+    ):
+        with pytest.raises(UserError, match=text) as error:
+            ask(saved_run.folder, file, *more, "--force")
+        assert "\n" not in str(error.value)
+    path = tmp_path / "t.json"
+    run("threshold", saved_run.folder, "--false-match-rate=0.1", "--dims=6", "--output", path)
+    ask(saved_run.folder, short_gallery, "--dims=6", "--threshold", path)
+    with pytest.raises(UserError, match="another network .embedding_size 6, of the run 16"):
+        ask(saved_run.folder, gallery, "--threshold", path)
+
+
+def test_the_sizes_of_a_run_have_no_warning(caplog):
+    model = ModelConfig(
+        embedding_size=16, matryoshka=(2, 4, 16), matryoshka_weights=(0.0, 1.0, 1.0)
+    )
+    for dims in (4, 16):
+        embed._warn_if_untrained(model, dims)
+    assert not caplog.records
+    embed._warn_if_untrained(model, 2)
+    assert "--dims=2 is no size that the run was trained for (4, 16)" in caplog.text
 
 
 def test_embeddings_of_another_step_are_refused_unless_forced(saved_run, gallery, capsys):
