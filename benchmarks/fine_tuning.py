@@ -4,7 +4,8 @@
 
 The step is that of ``benchmarks.train_step``, with frozen BatchNorm. Rows take turns; the best of
 each counts. Below them, what batches of hard classes add: the choice of the images, which the host
-makes while a step runs, and one refresh of near classes, every 50 steps.
+makes while a step runs, and refreshes of near classes: by proxies, and by images, which takes the
+embedding of a batch of that size for each of their batches and a search.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from benchmarks.train_step import CLASSES, Row, make_batch, make_config
 from mmljax.config import CompositionConfig, DataConfig
 from mmljax.data.composition import Neighbors, batch_sampler
 from mmljax.mesh import make_mesh, place
-from mmljax.training.neighbors import nearest_classes
+from mmljax.retrieval.evaluate import make_embed
+from mmljax.training.neighbors import nearest_classes, nearest_wrong_classes
 from mmljax.training.trainer import make_trainer
 
 ROWS: Mapping[str, Mapping[str, Any]] = {  # what differs in config.optimizer
@@ -70,10 +72,33 @@ def main() -> None:
             begin = time.perf_counter()
             step()
             best[name] = min(best[name], time.perf_counter() - begin)
+    best["embedding of a batch"] = embedding_time(options)
     for name, seconds in best.items():
-        print(f"{name:<24}{1e3 * seconds:>8.1f} ms  ratio {seconds / best['none']:.3f}")
+        print(f"{name:<30}{1e3 * seconds:>8.1f} ms  ratio {seconds / best['none']:.3f}")
     for name, seconds in composition_times().items():
-        print(f"{name:<24}{1e3 * seconds:>8.1f} ms")
+        print(f"{name:<30}{1e3 * seconds:>8.1f} ms")
+
+
+def embedding_time(options: argparse.Namespace) -> float:
+    """Seconds in which a batch of the step's size is embedded, as for a refresh by images."""
+    row = Row(options.backbone, options.image_size, separation=False)
+    config, mesh = make_config(row, options), make_mesh()
+    trainer = make_trainer(config, classes=CLASSES, channels=3, train_examples=25_882, mesh=mesh)
+    images = place(make_batch(row, options.batch_size), mesh).images
+    embed = make_embed(trainer.graphdef)
+    return best_time(
+        lambda: jax.block_until_ready(embed(*trainer.state.evaluated, images)), options.repeats
+    )
+
+
+def best_time(function: Callable[[], Any], repeats: int) -> float:
+    """The least seconds of several calls; the first one may compile."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def composition_times() -> dict[str, float]:
@@ -85,23 +110,22 @@ def composition_times() -> dict[str, float]:
     def refresh() -> Any:
         return nearest_classes(proxies, centers=1, count=3, mesh=mesh)
 
-    found = {}
     data = DataConfig(composition=CompositionConfig("proxy", share=1.0))
     ordinary = batch_sampler(labels, data, seed=0)
     composed = batch_sampler(labels, data, seed=0, neighbors=Neighbors(classes=refresh()))
-    timed: dict[str, Callable[[], Any]] = {
-        "refresh of near classes": refresh,
-        "images of a batch": lambda: ordinary(7),
-        "of a composed batch": lambda: composed(7),
+    images = np.random.default_rng(0).normal(size=(len(labels), 512)).astype(np.float32)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+
+    def search() -> Any:
+        return nearest_wrong_classes(images, np.sort(labels), classes=CLASSES, count=3)
+
+    timed: dict[str, tuple[Callable[[], Any], int]] = {
+        "refresh of near classes": (refresh, 7),
+        "search of a refresh by images": (search, 2),
+        "images of a batch": (lambda: ordinary(7), 7),
+        "of a composed batch": (lambda: composed(7), 7),
     }
-    for name, function in timed.items():
-        times = []
-        for _ in range(7):
-            begin = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begin)
-        found[name] = min(times)
-    return found
+    return {name: best_time(function, repeats) for name, (function, repeats) in timed.items()}
 
 
 if __name__ == "__main__":

@@ -57,10 +57,11 @@ class SyntheticConfig:
 class CompositionConfig:
     """Training batches of classes that are hard to tell apart (mmljax.data.composition)."""
 
-    rule: str = "none"  # what makes classes near: none, proxy, sample, either
+    rule: str = "none"  # what makes classes near: none, proxy, class, sample, either
     share: Share = 0.2  # of the batches that are composed
     group: Count = 4  # classes that are put together
     every: str = "50 steps"  # duration between refreshes of what is near
+    images: Count = 8  # of each class that rule class embeds for a refresh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ def test_missing_key_is_named() -> None:
         ("data.batch_size", 0, r"--config.data.batch_size must be at least 1, found 0"),
         ("data.composition.share", 1.5, r"composition.share must be at least 0 and at most 1"),
         ("data.composition.group", 0, r"composition.group must be at least 1, found 0"),
+        ("data.composition.images", 0, r"composition.images must be at least 1, found 0"),
         ("data.test_share", 1.5, r"test_share must be at least 0 and at most 1, found 1.5"),
         ("optimizer.epsilon", 0, r"epsilon must be above 0, found 0"),
         ("optimizer.clip_norm", float("nan"), r"clip_norm must be finite, found nan"),

@@ -1,14 +1,15 @@
-"""Batches of hard classes: pure functions of ``(seed, step)`` and two relations. NumPy only.
+"""Batches of hard classes: pure functions of ``(seed, step)`` and relations. NumPy only.
 
 An ordinary batch takes its classes in turn (:mod:`mmljax.data.sampling`). A composed batch puts
 classes together that are hard to tell apart: an anchor class, drawn at random, beside classes that
-are near it by one of two relations,
+are near it by one of these relations,
 
 - ``proxy``: those whose proxies are nearest to its proxy;
+- ``class``: those with the images that are nearest to any of its images, which training embeds;
 - ``sample``: those of the images that its own drawn images are nearest to, with these very images;
-- ``either``: both in turn, as far as there are any.
+- ``either``: ``proxy`` and ``sample`` in turn, as far as there are any.
 
-Both relations are tables that training refreshes from time to time
+The relations are tables that training refreshes from time to time
 (:mod:`mmljax.training.neighbors`), and that a checkpoint holds, so a run resumes bit for bit.
 """
 
@@ -29,6 +30,7 @@ from mmljax.errors import UserError
 RULES: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "proxy": ("classes",),
+    "class": ("classes",),
     "sample": ("images",),
     "either": ("classes", "images"),
 }
@@ -39,9 +41,9 @@ Sampler = Callable[[int], Int[np.ndarray, " b"]]
 
 
 class Neighbors(NamedTuple):
-    """The two relations; None where the rule does not use it."""
+    """The two tables; None where the rule does not use it."""
 
-    classes: Int[np.ndarray, "c m"] | None = None  # of each class the nearest ones, nearest first
+    classes: Int[np.ndarray, "c m"] | None = None  # of each class the nearest ones; -1 for none
     images: Int[np.ndarray, " n"] | None = None  # of each image the nearest of another class; or -1
 
 
@@ -99,6 +101,24 @@ def batch_sampler(
         )
 
     return sample
+
+
+def embedded_images(
+    labels: Int[np.ndarray, " n"], *, seed: int, step: int, count: int
+) -> Int[np.ndarray, " m"]:
+    """The images that a refresh of rule ``class`` embeds, by rising class.
+
+    Args:
+      labels: of the images.
+      seed: not negative.
+      step: at which the tables are refreshed; other steps draw other images.
+      count: images of each class, drawn without replacement; all of a smaller class.
+    """
+    index = sampling.class_index(labels)
+    numbers = sampling.generator(seed, sampling.REFRESH, step)
+    drawn = sampling.choose_images(numbers, np.diff(index.offsets), count)
+    images = np.unique(index.order[index.offsets[:-1, None] + drawn])
+    return images[np.argsort(labels[images], kind="stable")]
 
 
 def composed_indices(
@@ -165,7 +185,7 @@ def _partners(
     near = [] if neighbors.classes is None else neighbors.classes[anchor].tolist()
     confused = [] if neighbors.images is None else neighbors.images[images].tolist()
     for label, image in itertools.zip_longest(near, confused):
-        if label is not None:
+        if label is not None and label >= 0:
             yield label, None
         if image is not None and image >= 0:
             yield int(labels[image]), image

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 
 from mmljax.errors import UserError
 
-_CLASSES, _IMAGES, _AUGMENTATION, COMPOSITION = range(4)  # independent random streams of a seed
+# Independent random streams of a seed.
+_CLASSES, _IMAGES, _AUGMENTATION, COMPOSITION, REFRESH = range(5)
 
 
 class ClassIndex(NamedTuple):

@@ -6,24 +6,29 @@ are part of the train state in between, so that a run which resumes makes the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mmljax.config import Config
 from mmljax.data import load
-from mmljax.data.composition import RULES, Neighbors
+from mmljax.data.composition import RULES, Neighbors, embedded_images
 from mmljax.errors import UserError
 from mmljax.mesh import replicated, spread, to_host
-from mmljax.retrieval.evaluate import embed_on_devices, make_embed
-from mmljax.retrieval.search import sharded_nearest_neighbors
+from mmljax.retrieval.evaluate import embed_batches, embed_on_devices, make_embed
+from mmljax.retrieval.search import CHUNK, sharded_nearest_neighbors
+from mmljax.retrieval.streaming import streamed_nearest_neighbors
+from mmljax.text import one_line
 from mmljax.training.proxies import readable
 from mmljax.training.trainer import Trainer
-from mmljax.types import Dataset, Split, TrainState
+from mmljax.types import Batch, Dataset, Split, TrainState
 
 _RESULTS = 2**24  # most neighbours that a search returns at once: 128 MiB
 
@@ -50,31 +55,44 @@ def make_refresh(
 ) -> Callable[[TrainState], dict[str, np.ndarray]]:
     """A function from a state to the tables of :class:`mmljax.data.composition.Neighbors`.
 
-    For the images the training split is embedded as an evaluation embeds it. Every device holds all
-    of these embeddings.
+    It depends on the state and the config alone. Training images are embedded as an evaluation
+    embeds them: all for ``sample`` and ``either``, and then every device holds all embeddings; some
+    of each class for ``class``, whose embeddings lie in a temporary file.
     """
-    tables = RULES[config.data.composition.rule]
+    rule, labels = config.data.composition.rule, dataset.train.labels
     embed = make_embed(trainer.graphdef)
-    if "images" in tables:
-        kept = readable(dataset.train, config)
-        split = Split(*(field[kept] for field in dataset.train))
+    embeds = rule in ("class", "sample", "either")
+    kept = readable(dataset.train, config) if embeds else np.zeros(0, np.int64)
+
+    def batches(images: Int[np.ndarray, " m"]) -> Iterator[Batch]:
+        split = Split(*(field[images] for field in dataset.train))
+        return load.eval_batches(split, config, mesh)
+
+    def near(state: TrainState) -> np.ndarray:
+        count = state.neighbors["classes"].shape[1]
+        if rule == "class":
+            data, step = config.data, int(to_host(state.step))
+            images = data.composition.images
+            chosen = kept[embedded_images(labels[kept], seed=config.seed, step=step, count=images)]
+            size = max(1, CHUNK // data.eval_batch_size) * data.eval_batch_size
+            parts = (chosen[first : first + size] for first in range(0, len(chosen), size))
+            of_state = partial(embed, *state.evaluated)
+            with in_file(embed_batches(of_state, batches(part))[0] for part in parts) as rows:
+                return nearest_wrong_classes(
+                    rows, labels[chosen], classes=dataset.classes, count=count
+                )
+        proxies = to_host(state.params["proxies"])[: dataset.classes * config.centers]
+        return nearest_classes(proxies, centers=config.centers, count=count, mesh=mesh)
+
+    def confused(state: TrainState) -> np.ndarray:
+        vectors, known = embed_on_devices(partial(embed, *state.evaluated), batches(kept))
+        images = np.full(len(labels), -1, np.int32)
+        images[kept] = kept[nearest_wrong_images(vectors, known, mesh=mesh)]
+        return images
 
     def refresh(state: TrainState) -> dict[str, np.ndarray]:
-        found = {}
-        if "classes" in tables:
-            proxies = to_host(state.params["proxies"])
-            found["classes"] = nearest_classes(
-                proxies[: dataset.classes * config.centers],
-                centers=config.centers,
-                count=state.neighbors["classes"].shape[1],
-                mesh=mesh,
-            )
-        if "images" in tables:
-            batches = load.eval_batches(split, config, mesh)
-            vectors, labels = embed_on_devices(partial(embed, *state.evaluated), batches)
-            images = np.full(len(dataset.train.labels), -1, np.int32)
-            images[kept] = kept[nearest_wrong_images(vectors, labels, mesh=mesh)]
-            found["images"] = images
+        makers = {"classes": near, "images": confused}
+        found = {table: makers[table](state) for table in RULES[rule]}
         return spread(found, dict.fromkeys(found, replicated(mesh)))
 
     return refresh
@@ -129,6 +147,84 @@ def nearest_wrong_images(
         wrong = labels[nearest] != labels[rows, None]
         found.append(np.take_along_axis(nearest, wrong.argmax(axis=1)[:, None], axis=1)[:, 0])
     return np.concatenate(found)
+
+
+def nearest_wrong_classes(
+    embeddings: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    classes: int,
+    count: int,
+) -> Int[np.ndarray, "c count"]:
+    """The nearest other classes of each class, nearest first; -1 where there are too few.
+
+    Classes are as similar as their most similar images. The search is exact: of one more neighbour
+    than ``count`` times the images of the largest class, some are of ``count`` other classes, or
+    all images are neighbours. Equally similar classes are in the order of their numbers.
+
+    The device holds ``CHUNK`` queries at most, two chunks of as many rows, and the similarities of
+    a chunk to a block of queries.
+
+    Args:
+      embeddings: of unit length; they may be mapped from a file.
+      labels: rising.
+      classes: all classes, of which some may have no image here.
+      count: classes per class.
+    """
+    largest = int(np.unique(labels, return_counts=True)[1].max())
+    k = min(largest * count + 1, len(labels))
+    rows = max(1, min(CHUNK, _RESULTS // k))
+    parts = []
+    for first in range(0, len(labels), rows):
+        part = slice(first, first + rows)
+        found = streamed_nearest_neighbors(jnp.asarray(embeddings[part]), embeddings, k=k)
+        pairs = np.repeat(labels[part], k), labels[to_host(found.indices)].ravel()
+        parts.append(_most_similar(*pairs, to_host(found.similarity).ravel(), count=count))
+    own, other, similarity = (np.concatenate(x) for x in zip(*parts, strict=True))
+    own, other, _ = _most_similar(own, other, similarity, count=count)
+    table = np.full((classes, count), -1, np.int32)
+    table[own, np.arange(len(own)) - np.searchsorted(own, own)] = other
+    return table
+
+
+def _most_similar(
+    own: Int[np.ndarray, " p"],
+    other: Int[np.ndarray, " p"],
+    similarity: Float[np.ndarray, " p"],
+    *,
+    count: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of pairs of classes, the ``count`` most similar of each first class, each pair once."""
+    wrong = np.flatnonzero(own != other)
+    order = wrong[np.lexsort((other[wrong], -similarity[wrong], own[wrong]))]
+    pairs = own[order].astype(np.int64) * (1 + int(other.max())) + other[order]
+    order = order[np.sort(np.unique(pairs, return_index=True)[1])]
+    place = np.arange(len(order)) - np.searchsorted(own[order], own[order])
+    order = order[place < count]
+    return own[order], other[order], similarity[order]
+
+
+@contextlib.contextmanager
+def in_file(parts: Iterable[Float[np.ndarray, "m d"]]) -> Iterator[Float[np.ndarray, "n d"]]:
+    """Rows in a temporary file, mapped, float32; the file is removed at the end of the block.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    with tempfile.TemporaryFile() as file:
+        rows = size = 0
+        for part in parts:
+            rows, size = rows + len(part), part.shape[1]
+            try:
+                file.write(part.astype(np.float32).tobytes())
+                file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"the embeddings that composition.rule=class needs cannot be written to "
+                    f"{tempfile.gettempdir()} ({one_line(error)}); set TMPDIR to a folder with "
+                    "room, or lower --config.data.composition.images"
+                ) from error
+        yield np.memmap(file, np.float32, mode="r", shape=(rows, size))
 
 
 def _unit(rows: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:

@@ -182,12 +182,12 @@ def _train_together(runs: Sequence[Run], dataset: Dataset) -> dict[Path, str]:
             for reporter in reporters:
                 reporter.pretrained(features)
         kept: list[tuple[int, Any]] = []
-        refresh = neighbors.make_refresh(config, dataset, trainers[0], mesh)
+        refreshes = [neighbors.make_refresh(run.config, dataset, trainers[0], mesh) for run in runs]
         every = neighbors.refresh_every(config, trainers[0])
         for number in range(1, total + 1):
             if number == 1 or (every and (number - 1) % every == 0):
                 if every:
-                    states = _refreshed(states, refresh, len(runs), mesh)
+                    states = _refreshed(states, refreshes, mesh)
                 end = min(total, number - 1 + (every or total))
                 batches = _batches(runs, dataset, mesh, states, range(number - 1, end))
             states, scalars = step(states, next(batches), varied)
@@ -287,10 +287,10 @@ def _stacked(states: Sequence[TrainState], trainer: Trainer, mesh: Mesh) -> Trai
 
 
 def _refreshed(
-    states: TrainState, refresh: Callable[[TrainState], Any], runs: int, mesh: Mesh
+    states: TrainState, refreshes: Sequence[Callable[[TrainState], Any]], mesh: Mesh
 ) -> TrainState:
     """The states with each run's own relations for composed batches."""
-    tables = [refresh(_run_of(states, i)) for i in range(runs)]
+    tables = [refresh(_run_of(states, i)) for i, refresh in enumerate(refreshes)]
     stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *tables)
     return states._replace(neighbors=jax.device_put(stacked, replicated(mesh)))
 

@@ -10,7 +10,13 @@ import pytest
 
 from mmljax.config import CompositionConfig, DataConfig
 from mmljax.data import sampling
-from mmljax.data.composition import Neighbors, batch_sampler, composed_indices, table_shapes
+from mmljax.data.composition import (
+    Neighbors,
+    batch_sampler,
+    composed_indices,
+    embedded_images,
+    table_shapes,
+)
 from mmljax.errors import UserError
 
 CLASSES, IMAGES = 23, 4
@@ -138,11 +144,38 @@ def test_an_image_without_a_known_neighbour_brings_none() -> None:
     assert len(set(known[batch].tolist())) == 10
 
 
+def test_a_class_without_near_classes_brings_none() -> None:
+    near = np.full((CLASSES, 3), -1, np.int32)
+    near[:, 0] = (np.arange(CLASSES) + 1) % CLASSES
+    sizes = {"batch_size": 16, "images_per_class": IMAGES, "group": 4}
+    batch = composed_indices(
+        sampling.class_index(labels()), Neighbors(near), labels(), seed=0, step=0, **sizes
+    )
+    first, second, third, fourth = labels()[batch].reshape(-1, IMAGES)[:, 0].tolist()
+    assert (second - first) % CLASSES == (fourth - third) % CLASSES == 1
+
+
+def test_images_of_a_refresh_are_drawn_by_seed_and_step() -> None:
+    known = labels()
+    sizes = np.bincount(known)
+    drawn = {}
+    for seed, step in ((0, 0), (0, 50), (1, 0)):
+        images = embedded_images(known, seed=seed, step=step, count=5)
+        assert len(set(images.tolist())) == len(images)
+        assert (np.diff(known[images]) >= 0).all()
+        assert np.bincount(known[images]).tolist() == np.minimum(sizes, 5).tolist()
+        assert embedded_images(known, seed=seed, step=step, count=5).tolist() == images.tolist()
+        drawn[seed, step] = tuple(images.tolist())
+    assert len(set(drawn.values())) == 3
+    assert sorted(embedded_images(known, seed=0, step=0, count=99)) == list(range(len(known)))
+
+
 def test_table_shapes_and_bad_input() -> None:
     shapes = {"classes": (23, 3), "images": (99,)}
     assert table_shapes(config("either"), classes=23, images=99) == shapes
     assert table_shapes(config("none"), classes=1, images=99) == {}
-    assert table_shapes(config("proxy"), classes=3, images=9) == {"classes": (3, 2)}
+    for rule in ("proxy", "class"):
+        assert table_shapes(config(rule), classes=3, images=9) == {"classes": (3, 2)}
     with pytest.raises(UserError, match=r"composition.rule='proxies' is unknown; .*'proxy'"):
         table_shapes(config("proxies"), classes=23, images=99)
     for settings, classes in ((config("sample", group=1), 23), (config("proxy"), 1)):

@@ -16,6 +16,7 @@ import pytest
 import small_runs
 from mmljax.config import Config, default_config, from_mapping, load_config
 from mmljax.data import load
+from mmljax.data.composition import RULES
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
 from mmljax.models.backbones import BACKBONES
@@ -86,6 +87,15 @@ FINE_TUNING: dict[str, Any] = {
         },
         pytest.param(
             {
+                "data__composition__rule": "class",
+                "data__composition__share": 0.6,
+                "data__composition__every": "4 steps",
+                "data__composition__images": 3,
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {
                 "centers": 2,
                 "objectives__proxy__loss": "subcenter_arcface",
                 "objectives__proxy__sampled_proxies": 6,
@@ -128,7 +138,16 @@ FINE_TUNING: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["memory", "composition", "softmax", "average", "augmentation", "lora", "efficientnet"],
+    ids=[
+        "memory",
+        "composition",
+        "classes",
+        "softmax",
+        "average",
+        "augmentation",
+        "lora",
+        "efficientnet",
+    ],
 )
 def test_interrupted_equals_uninterrupted(
     changes: dict[str, Any],
@@ -159,8 +178,9 @@ def test_interrupted_equals_uninterrupted(
     whole = small_runs.assert_same_run(tmp_path / "whole", parts)
     assert int(whole["objective.step"]) == 20
     assert any(name.startswith("average.") for name in whole) == (config.optimizer.ema_decay > 0)
-    composed = config.data.composition.rule != "none"
-    assert ("neighbors.images" in whole) == ("neighbors.classes" in whole) == composed
+    for table in ("classes", "images"):
+        used = table in RULES[config.data.composition.rule]
+        assert (f"neighbors.{table}" in whole) == used
 
 
 def test_margins_follow_the_sizes_of_the_training_classes(tmp_path: Path) -> None:
