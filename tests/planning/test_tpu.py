@@ -79,7 +79,12 @@ def compile_for(topology: str, config: Config, counts: Counts, cache: Any) -> St
     )
 
 
-@pytest.fixture(scope="module", params=["v5e:2x4", "v6e:2x4"])
+@pytest.fixture(
+    scope="module",
+    params=[  # one process compiles each
+        pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("v5e:2x4", "v6e:2x4")
+    ],
+)
 def in_shop(request, cache) -> Step:
     config = load_config("inshop", ["data.batch_size=192"])
     return compile_for(request.param, config, PUBLISHED["in_shop"], cache)
@@ -180,16 +185,15 @@ def low_effort():
         ("inshop_vit_l336", "v6e:2x4"),
     ],
 )
-def test_recipes_fit_the_slice_that_they_name(recipe, topology, low_effort, capsys):
+def test_recipes_fit_the_slice_that_they_name(recipe, topology, low_effort):
     config = load_config(recipe)
     target = chips.tpu_target(topology)
     run = abstract_run(config, PUBLISHED[config.data.source], make_mesh(target.devices))
     lowered = lower_step(run, config, channels=3)  # no cache: its keys do not hold the effort
     memory = compile_program(lowered, name=topology, with_text=False).memory
     assert target.chip is not None
-    with capsys.disabled():
-        gib = f"{memory.total / 2**30:.2f} of {target.chip.hbm / 2**30:.0f} GiB"
-        print(f"\n{recipe} on {topology}: {gib} per chip")
+    gib = f"{memory.total / 2**30:.2f} of {target.chip.hbm / 2**30:.0f} GiB"
+    print(f"{recipe} on {topology}: {gib} per chip")  # shown by pytest -rP
     held = sum(state_bytes(run.state).values())
     assert held < memory.total < target.chip.hbm
 
