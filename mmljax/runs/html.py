@@ -140,8 +140,8 @@ def write_page(
         data set is another one, or an image cannot be decoded.
     """
     check_packages()
-    records, neighbors = _usable_records(run, dataset, config)
-    queries, images = _worst_queries(records, neighbors, dataset, count=min(worst, _MOST))
+    records, neighbors = usable_records(run, dataset, config)
+    queries, images = worst_queries(records, neighbors, dataset, count=min(worst, _MOST))
     evaluations = _evaluations(run, records.step)
     context = {
         "run": run.resolve().name,
@@ -180,7 +180,7 @@ def check_packages() -> None:
         require(package, extra="page", purpose="the page of a run")
 
 
-def _usable_records(run: Path, dataset: Dataset, config: Config) -> tuple[Records, Neighbors]:
+def usable_records(run: Path, dataset: Dataset, config: Config) -> tuple[Records, Neighbors]:
     """The run's records and their neighbours.
 
     Raises:
@@ -215,7 +215,7 @@ def _counted(records: Records) -> np.ndarray:
     return np.flatnonzero(~np.isnan(records.values["map@r"]))
 
 
-def _worst_queries(
+def worst_queries(
     records: Records, neighbors: Neighbors, dataset: Dataset, *, count: int
 ) -> tuple[list[Query], list[Image]]:
     """The queries with the lowest MAP@R, then the lowest reciprocal rank, and each image once."""

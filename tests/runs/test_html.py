@@ -16,6 +16,7 @@ import pytest
 
 import commands as verbs
 import evaluated
+from benchmarks import pictures
 from mmljax.errors import UserError
 from mmljax.retrieval import records as protocol
 from mmljax.runs import html as page
@@ -351,3 +352,21 @@ def test_no_plot_and_no_page_are_a_warning(run, tmp_path, monkeypatch, caplog, b
 )
 def test_category(name, kind):
     assert page.category(name, 7) == kind
+
+
+def test_the_pictures_of_the_readme_are_drawn_and_small(run, tmp_path):
+    records, neighbors = page.usable_records(run.folder, run.dataset, run.config)
+    queries, images = page.worst_queries(records, neighbors, run.dataset, count=3)
+    figure = pictures.worst_figure(queries, images)
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == 3 * (1 + min(7, *(len(query.found) for query in queries)))
+    assert [axes.get_title() for axes in shown].count("query") == 3
+    pictures.write(figure, tmp_path / "worst.png")
+    assert (tmp_path / "worst.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_readme_shows_two_pictures_of_at_most_100_kilobytes():
+    root = Path(__file__).parents[2]
+    names = re.findall(r"!\[[^]]+\]\((docs/images/\S+\.png)\)", (root / "README.md").read_text())
+    assert len(names) == 2
+    assert all(0 < (root / name).stat().st_size < 100_000 for name in names)
