@@ -7,7 +7,9 @@ overrides appended, which make it short and its network small; nothing else is c
 from __future__ import annotations
 
 import concurrent.futures
+import csv
 import fcntl
+import json
 import re
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ from benchmarks import ablation
 from mmljax.cli import command, main
 from mmljax.config import from_mapping, load_config, to_dict
 from mmljax.inference import embedder
+from mmljax.inference.embedding_file import embeddings_table
 from mmljax.models import weight_files
 from mmljax.planning import chips
 from mmljax.runs import remote
@@ -55,6 +58,10 @@ PYTHON = {  # text of a block: the test that runs it
     "import fiftyone": "test_fiftyone_recipe",
     "def network(weights, inputs)": "test_program_for_those_from_pytorch_metric_learning",
     "mmljax.nearest_neighbors(vectors": "test_program_for_those_from_tensorflow_similarity",
+    "import lancedb": "test_lancedb_answers_as_search_does",
+    "import faiss": "test_faiss_answers_as_search_does",
+    "import QdrantClient": "test_qdrant_answers_as_search_does",
+    "csv.writer(": "test_text_for_pgvector_holds_the_file",
 }
 ONLY_RECORDED = {  # how a command begins: why it is not run here
     "python3 -m venv": "it makes an environment of its own",
@@ -217,7 +224,7 @@ def test_commands_run(block, folder, monkeypatch):
 
 def test_every_block_is_run_by_a_test():
     """Those of the tutorial by ``test_the_ten_commands_of_the_tutorial``."""
-    others = {"text", "py", ""}  # py: programs of other libraries
+    others = {"text", "py", "sql", ""}  # py: programs of other libraries
     assert {block.language for block in BLOCKS} <= {"bash", "python", *others}
     tutorial = [x for x in BLOCKS if x.page == "docs/tutorial.md" and x.language == "bash"]
     assert [x.marker for x in tutorial] == ["tutorial"] * 10
@@ -313,3 +320,68 @@ def test_fiftyone_recipe(folder, monkeypatch):
         assert sample["category"].label == "WOMEN/Dresses"
         assert sample["hit"] == row["hit@1"]
         assert sample["average_precision"] == row["average_precision"]
+
+
+@pytest.fixture(params=["float32", "int8"])
+def answers(request, saved_run, tmp_path, monkeypatch):
+    """Files of embeddings in the current directory; by query, what ``mmljax search`` answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+    run = str(saved_run.folder)
+    for name, split in (("photos", "gallery"), ("queries", "query")):
+        words = [f"--split={split}", f"--output={name}.parquet", f"--dtype={request.param}"]
+        assert main(["embed", run, *words]) == 0
+    words = ["--embeddings=photos.parquet", "--split=query", "--k=5", "--output=answers.parquet"]
+    exact = [] if request.param == "float32" else ["--rescore=24"]
+    assert main(["search", run, *words, *exact]) == 0
+    by_query: dict[str, list[tuple[str, float]]] = {}
+    for row in parquet.read_table("answers.parquet").to_pylist():
+        by_query.setdefault(row["query"], []).append((row["id"], row["similarity"]))
+    return by_query
+
+
+def check_answers(found: dict[str, list[tuple[str, float]]], answers: dict[str, Any]) -> None:
+    assert found.keys() == answers.keys()
+    for query, rows in answers.items():
+        names, similarities = zip(*rows, strict=True)
+        theirs, values = zip(*found[query], strict=True)
+        np.testing.assert_allclose(values, similarities, atol=1e-6)
+        assert theirs == names, query
+
+
+@pytest.mark.slow
+def test_lancedb_answers_as_search_does(answers):
+    pytest.importorskip("lancedb", reason="pip install 'mmljax[peers]' brings LanceDB")
+    check_answers(execute("import lancedb")["found"], answers)
+
+
+@pytest.mark.slow
+def test_faiss_answers_as_search_does(answers):
+    pytest.importorskip("faiss", reason="pip install 'mmljax[peers]' brings faiss")
+    check_answers(execute("import faiss")["found"], answers)
+
+
+@pytest.mark.slow
+def test_qdrant_answers_as_search_does(answers):
+    pytest.importorskip("qdrant_client", reason="pip install 'mmljax[peers]' brings Qdrant")
+    check_answers(execute("import QdrantClient")["found"], answers)
+
+
+def test_text_for_pgvector_holds_the_file(tmp_path, monkeypatch):
+    """Read by the rules of COPY: an unquoted empty field is null, a vector is a list of numbers."""
+    monkeypatch.chdir(tmp_path)
+    names = np.array(["a.jpg", 'b "1", c.jpg', "two\nlines.jpg", "\u00e9\\.jpg"])
+    vectors = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    vectors[0] = [1e-12, -1.5e-8, 0, 1, -0.1]
+    labels = np.array([3, -1, 0, 7])
+    parquet.write_table(embeddings_table(names, labels, vectors), "photos.parquet")
+    execute("csv.writer(")
+    with open("photos.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, strict=True))
+    assert [row[0] for row in rows] == names.tolist()
+    assert [row[1] for row in rows] == ["3", "", "0", "7"]
+    read = np.array([json.loads(row[2]) for row in rows])
+    np.testing.assert_array_equal(read.astype(np.float32), vectors)
+    text = (tmp_path / "photos.csv").read_bytes().decode()
+    assert "\r" not in text
+    assert '"b ""1"", c.jpg",,"[' in text
