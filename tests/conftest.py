@@ -44,6 +44,41 @@ def saved_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def colour_run(tmp_path_factory):
+    """A network for colour images in files, with a folder of such images."""
+    import numpy as np
+    import tensorflow as tf
+
+    import saved
+
+    folder = tmp_path_factory.mktemp("colour")
+    images = folder / "images"
+    random = np.random.default_rng(0)
+    rows = []
+    for item in range(6):
+        for view in range(4):
+            name = f"img/item{item}/view {view}.{'png' if view % 2 else 'jpg'}"
+            pixels = random.integers(0, 256, (17 + item, 15 + view, 3)).astype(np.uint8)
+            encode = tf.io.encode_png if view % 2 else tf.io.encode_jpeg
+            (images / name).parent.mkdir(parents=True, exist_ok=True)
+            (images / name).write_bytes(encode(pixels).numpy())
+            split = "train" if item < 3 else ("query", "gallery")[view % 2]
+            rows.append((name.replace(" ", "_"), f"id_{item:08d}", split))
+            (images / name).rename(images / name.replace(" ", "_"))
+    lines = [str(len(rows)), "image_name item_id evaluation_status"]
+    lines += [" ".join(row) for row in rows]
+    (images / "Eval").mkdir()
+    (images / "Eval/list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    return saved.write_run(
+        folder / "files",
+        data__source="in_shop",
+        data__directory=str(images),
+        data__image_size=12,
+        data__resize_size=14,
+    )
+
+
+@pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
     """A folder that all workers of this session share."""
     base = tmp_path_factory.getbasetemp()

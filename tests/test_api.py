@@ -101,6 +101,7 @@ def test_the_wheel_works_outside_a_checkout(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert (target / "mmljax" / "py.typed").exists()
+    assert (target / "mmljax" / "inference" / "demo.html").exists()
     assert run("import mmljax; print(mmljax.__file__)", cwd=elsewhere, path=target) == str(
         target / "mmljax" / "__init__.py"
     )

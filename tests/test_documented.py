@@ -28,7 +28,7 @@ import documented
 import mmljax
 import saved
 from benchmarks import ablation
-from mmljax.cli import command, main
+from mmljax.cli import command, demo, main
 from mmljax.config import from_mapping, load_config, to_dict
 from mmljax.inference import embedder
 from mmljax.inference.embedding_file import embeddings_table
@@ -151,6 +151,8 @@ def run(call: documented.Call, patch: pytest.MonkeyPatch) -> None:
     line = " ".join([call.program, *words])
     if call.program == "mmljax" and "--workdir gs://" in line:
         command.parse(words)  # tests/training/test_remote_runs.py trains at an address
+    elif call.program == "mmljax" and words[0] == "demo":
+        demo.load(command.parse(words))  # tests/cli/test_demo.py serves its page
     elif call.program == "mmljax":
         with patch.context() as inner:
             use_devices(inner, call.devices)

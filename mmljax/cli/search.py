@@ -74,10 +74,10 @@ def run(options: argparse.Namespace) -> int:
     search.check_fit(
         made_from, trained, k=options.k, rescore=options.rescore, where=options.embeddings
     )
-    _refuse_others(options, options.embeddings, search.differences(made_from, trained))
-    threshold, chosen_for = _threshold(options.threshold)
+    refuse_others(options, options.embeddings, search.differences(made_from, trained))
+    threshold, chosen_for = read_threshold(options.threshold)
     if chosen_for is not None:
-        _refuse_others(options, options.threshold, search.differences(chosen_for, trained))
+        refuse_others(options, options.threshold, search.differences(chosen_for, trained))
     queries = embed.chosen_images(trained, images=options.images, split=options.split)
     settings = {
         "k": options.k,
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_others(options: argparse.Namespace, file: Path | str, differing: list[str]) -> None:
+def refuse_others(options: argparse.Namespace, file: Path | str, differing: list[str]) -> None:
     """Refuse a file of another network, or warn with ``--force``."""
     if not differing:
         return
@@ -114,7 +114,7 @@ def _refuse_others(options: argparse.Namespace, file: Path | str, differing: lis
     print(printable(f"warning: {text}"), file=sys.stderr)
 
 
-def _threshold(text: str | None) -> tuple[float | None, dict[str, Any] | None]:
+def read_threshold(text: str | None) -> tuple[float | None, dict[str, Any] | None]:
     """The threshold that ``--threshold`` names, and the network it was chosen for, if known."""
     if text is None:
         return None, None

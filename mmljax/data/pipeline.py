@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tensorflow as tf
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from mmljax.config import DataConfig, choose
 from mmljax.data import decoding, transforms
@@ -221,6 +221,16 @@ def decodable(split: Split, config: DataConfig) -> Bool[np.ndarray, " n"]:
                 _decode_one(split, int(rows.indices[row]), rows.numbers[row], crop=crop)
                 valid[rows.indices[row]] = True
     return valid
+
+
+def evaluation_crop(split: Split, row: int, config: DataConfig) -> UInt8[np.ndarray, "s s 3"]:
+    """One image, decoded and cropped as an evaluation does it.
+
+    Raises:
+      UserError: naming the image, if it cannot be read or decoded.
+    """
+    numbers = np.zeros(transforms.NUMBERS)
+    return _decode_one(split, row, numbers, crop=_crop(config, random=False))
 
 
 class _Crop(NamedTuple):

@@ -280,5 +280,12 @@ def write_embeddings(
         if not count:
             raise UserError(f"none of the {len(split.labels)} images can be decoded; name others")
         left_out = len(split.labels) - count
-        parts.join(total, facts={"rows": count, "left_out": left_out})
+        facts = {"rows": count, "left_out": left_out, "folder": _folder(split)}
+        parts.join(total, facts=facts)
     return count, left_out
+
+
+def _folder(split: Split) -> str | None:
+    """What the paths of image files begin with before their names; None of other images."""
+    path, name = split.images[0], str(split.names[0])
+    return path.removesuffix(name) if isinstance(path, str) and path.endswith(name) else None

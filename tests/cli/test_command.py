@@ -97,6 +97,7 @@ WORDS = {  # valid arguments of each verb
     "features": ["--output=x"],
     "embed": ["RUN", "--split=query", "--output=x"],
     "search": ["RUN", "--split=query", "--embeddings=x"],
+    "demo": ["RUN", "--gallery=x"],
     "export": ["RUN", "--output=x"],
     "compare": ["RUN_A", "RUN_B"],
     "prepare": ["MANUAL_DIR", "DATA_DIR"],

@@ -179,38 +179,6 @@ def test_an_embedding_that_is_not_finite_is_named(saved_run):
 # Files.
 
 
-@pytest.fixture(scope="module")
-def colour_run(tmp_path_factory):
-    """A network for colour images in files, with a folder of such images."""
-    import tensorflow as tf
-
-    folder = tmp_path_factory.mktemp("colour")
-    images = folder / "images"
-    random = np.random.default_rng(0)
-    rows = []
-    for item in range(6):
-        for view in range(4):
-            name = f"img/item{item}/view {view}.{'png' if view % 2 else 'jpg'}"
-            pixels = random.integers(0, 256, (17 + item, 15 + view, 3)).astype(np.uint8)
-            encode = tf.io.encode_png if view % 2 else tf.io.encode_jpeg
-            (images / name).parent.mkdir(parents=True, exist_ok=True)
-            (images / name).write_bytes(encode(pixels).numpy())
-            split = "train" if item < 3 else ("query", "gallery")[view % 2]
-            rows.append((name.replace(" ", "_"), f"id_{item:08d}", split))
-            (images / name).rename(images / name.replace(" ", "_"))
-    lines = [str(len(rows)), "image_name item_id evaluation_status"]
-    lines += [" ".join(row) for row in rows]
-    (images / "Eval").mkdir()
-    (images / "Eval/list_eval_partition.txt").write_text("\n".join(lines) + "\n")
-    return saved.write_run(
-        folder / "files",
-        data__source="in_shop",
-        data__directory=str(images),
-        data__image_size=12,
-        data__resize_size=14,
-    )
-
-
 def test_a_folder_gives_what_evaluation_gives_of_the_same_files(colour_run, tmp_path):
     config = colour_run.config
     images, path = Path(config.data.directory), tmp_path / "x.parquet"
