@@ -72,6 +72,7 @@ class DataConfig:
     directory: str = ""  # of the images; "" where the source needs none
     check_counts: bool = True  # of TFDS's benchmarks: whether other numbers of images are an error
     test_share: Share = 0.5  # of the classes of a folder without train/, held out for the test
+    exclude: str = ""  # a CSV file whose column name lists images that are left out; "": none
     corrupt: str = "error"  # training images that cannot be decoded: error, or skip (and warn)
     image_size: Natural = 0  # side of a training or evaluation crop, pixels; 0: as the backbone's
     # published weights take it, 224 where it has none

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mmljax.config import Config, DataConfig, choose
 from mmljax.data.augmentation import check_channels
 from mmljax.data.composition import Neighbors
+from mmljax.data.exclusion import without_excluded
 from mmljax.data.limits import check_sizes
 from mmljax.data.readers.arrays import read_arrays
 from mmljax.data.readers.csv import read_csv
@@ -62,15 +63,21 @@ def load_dataset(config: Config, *, create: bool = True) -> Dataset:
         training does. Commands that only read pass False.
 
     Raises:
-      UserError: on an unknown source or data that cannot be used.
+      UserError: on an unknown source, data that cannot be used, or an exclusion list that does not
+        fit them.
     """
     data = config.data
     if data.source == FEATURES:
+        if data.exclude:
+            raise UserError(
+                f"--config.data.exclude={data.exclude!r}: features are left out when they are made "
+                "(mmljax features with this flag); leave it out here"
+            )
         return read_features(config)
     read = choose({**SOURCES, FEATURES: None}, data.source, key="config.data.source")
     if create and data.source == "synthetic":
         write_synthetic(data.directory, data.synthetic)
-    return with_distractors(read(data), config)
+    return with_distractors(without_excluded(read(data), data.exclude), config)
 
 
 def with_distractors(dataset: Dataset, config: Config) -> Dataset:

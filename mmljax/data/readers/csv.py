@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from mmljax.data import paths as files
@@ -40,14 +41,9 @@ def read_csv(path: str | os.PathLike[str]) -> Dataset:
         there is no row, or the splits are others.
     """
     where = f"{DIRECTORY_FLAG}={os.fspath(path)!r}"
-    try:
-        text = files.read(path).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{where} cannot be read ({type(error).__name__}); name a CSV file in UTF-8 with the "
-            f"columns {', '.join(COLUMNS)}"
-        ) from error
-    rows = _rows(text, where)
+    rows = read_rows(path, COLUMNS, where=where)
+    if not rows:
+        raise UserError(f"{where} lists no image; add a row for each")
     images = [_checked(row, line, where) for line, row in rows]
     lines = [line for line, _ in rows]
     _check_rows(images, lines, where)
@@ -61,25 +57,43 @@ def read_csv(path: str | os.PathLike[str]) -> Dataset:
     return dataset_of_files(root, images)
 
 
-def _rows(text: str, where: str) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file with their line numbers; only the columns that are read."""
+def read_rows(
+    path: str | os.PathLike[str], columns: Sequence[str], *, where: str
+) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file with their line numbers; only the columns that are read.
+
+    Args:
+      path: of the file, local or remote; its first line names its columns.
+      columns: that it must have; others are ignored.
+      where: the flag and the path, for errors.
+
+    Raises:
+      UserError: if the file cannot be read or lacks a column, or, naming the line, on a row that is
+        malformed.
+    """
+    try:
+        text = files.read(path).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        noun = "column" if len(columns) == 1 else "columns"
+        raise UserError(
+            f"{where} cannot be read ({type(error).__name__}); name a CSV file in UTF-8 with the "
+            f"{noun} {', '.join(columns)}"
+        ) from error
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
             raise UserError(
                 f"{where}, line 1: lacks {', '.join(missing)}; the first line must name the "
-                f"columns {','.join(COLUMNS)}"
+                f"columns {','.join(columns)}"
             )
         for row in reader:
-            fields = {name: (row[name] or "").strip() for name in COLUMNS}
+            fields = {name: (row[name] or "").strip() for name in columns}
             rows.append((reader.line_num, fields))
     except csv.Error as error:
         line = reader.line_num + 1  # a line counts once it is parsed
         raise UserError(f"{where}, line {line}: {error}; correct the row") from error
-    if not rows:
-        raise UserError(f"{where} lists no image; add a row for each")
     return rows
 
 

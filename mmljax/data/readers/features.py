@@ -38,7 +38,7 @@ _BACKBONE_KEYS = ("backbone", "width", "pretrained", "pixel_norm", "pooling", "c
 _CROP_KEYS = ("image_size", "resize_size", "resampling")  # what decides an evaluation crop
 # What of the data's config does not decide how a random crop is made.
 _NOT_OF_CROPS = (
-    *("source", "directory", "check_counts", "test_share", "corrupt", "synthetic"),
+    *("source", "directory", "check_counts", "test_share", "exclude", "corrupt", "synthetic"),
     *("batch_size", "images_per_class", "composition", "micro_batches", "threads", "prefetch"),
     *_CROP_KEYS,
 )
