@@ -27,8 +27,6 @@ from mmljax.text import nearest, one_line
 
 _MOST_STEPS = 2e9  # the step is a 32-bit integer
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%)\s*")
-
-
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, excluded=True)]
@@ -121,9 +119,7 @@ class ModelConfig:
     matryoshka: tuple[Count, ...] | tuple[()] = ()  # sizes of prefixes that are trained too, such
     # as (64, 128, 256, 512); the last is embedding_size; (): the whole embedding alone
     matryoshka_weights: tuple[NotNegative, ...] | tuple[()] = ()  # of their losses; (): 1 each
-    pooling: str = (
-        "average+max"  # average, max, average+max, gem; of a ViT: token (its own), average, gem
-    )
+    pooling: str = "average+max"  # average, max, average+max, gem; of a ViT: token, average, gem
     layer_norm: str = "before"  # none, before (the head's layers), after; without parameters
     head: str = "linear"  # linear, or mlp (one hidden layer)
     head_width: Count = 1024  # hidden units of head mlp
@@ -229,6 +225,19 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RerankConfig:
+    """Second stages of the search, each scored in rows of its own."""
+
+    methods: tuple[str, ...] | tuple[()] = ()  # of retrieval.checks.SECOND_STAGES; (): none
+    k: Count = 3  # gallery images that query_expansion and database_augmentation average
+    alpha: NotNegative = 3.0  # exponent of the similarity as their weight
+    k1: Count = 20  # of k_reciprocal: neighbours in which reciprocal ones are looked for
+    k2: Count = 6  # images whose encodings are averaged, the image itself among them
+    original_weight: Share = 0.3  # of the original similarity; the paper's lambda
+    candidates: Count = 100  # nearest gallery images of a query that are ordered anew
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """When and what to evaluate."""
 
@@ -237,6 +246,7 @@ class EvaluationConfig:
     gallery_chunk: Count = 4096  # rows of the gallery per matrix product
     untrained: bool = True  # also score the network before the first step, and pretrained features
     distractors: str = ""  # a folder of images of no item, which join the gallery in further scores
+    rerank: RerankConfig = RerankConfig()
     geometry: bool = True  # also measure the embeddings' density and spectral decay
     clustering: bool = False  # also cluster them, for NMI and AMI: needs scikit-learn, takes long
 
@@ -457,8 +467,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits that change whenever a value of the config does."""
-    text = json.dumps(to_dict(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 class RunSize(NamedTuple):

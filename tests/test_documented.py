@@ -56,6 +56,7 @@ PYTHON = {  # text of a block: the test that runs it
     "def get_config():": "test_config_of_the_choosing_page",
     "read_runs(": "test_table_of_the_inspect_page",
     "import fiftyone": "test_fiftyone_recipe",
+    "expanded = query_expansion(": "test_second_stages_of_the_docs",
     "def network(weights, inputs)": "test_program_for_those_from_pytorch_metric_learning",
     "mmljax.nearest_neighbors(vectors": "test_program_for_those_from_tensorflow_similarity",
     "import lancedb": "test_lancedb_answers_as_search_does",
@@ -258,6 +259,12 @@ def test_losses_of_the_api_page():
     names = execute("mmljax.miners.either(")
     assert names["loss"] > 0
     assert names["scores"]["queries"] == 6
+
+
+def test_second_stages_of_the_docs():
+    names = execute("expanded = query_expansion(")
+    assert names["augmented"].shape == (180, 32)
+    assert names["indices"].shape == (20, 10)
 
 
 @pytest.mark.slow

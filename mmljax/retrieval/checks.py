@@ -19,12 +19,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mmljax.errors import UserError
 from mmljax.mesh import to_host
+from mmljax.text import nearest
 
 if TYPE_CHECKING:
-    from mmljax.config import Config
+    from mmljax.config import Config, RerankConfig
     from mmljax.types import Dataset
 
 AnyArray = np.ndarray | Array
+
+SECOND_STAGES = ("query_expansion", "database_augmentation", "k_reciprocal")
+"""What ``config.evaluation.rerank.methods`` may hold."""
 
 _BLOCK = 4096  # rows checked at once
 _TOLERANCE = 0.02  # of a squared length: float16 and bfloat16 vectors of unit length pass
@@ -140,7 +144,8 @@ def check_evaluation(dataset: Dataset, config: Config) -> None:
 
     Raises:
       UserError: a K of Recall@K is below 1 or above the gallery, no query has an image of its item
-        in the gallery, or scikit-learn is asked for and absent.
+        in the gallery, a second stage is unknown or asks for more images than there are, or
+        scikit-learn is asked for and absent.
     """
     from mmljax.retrieval.diagnostics import check_clustering
 
@@ -148,6 +153,7 @@ def check_evaluation(dataset: Dataset, config: Config) -> None:
     relevant = relevant_counts(query.labels, None if gallery is None else gallery.labels)
     candidates = len(query.labels) - 1 if gallery is None else len(gallery.labels)
     check_recall_at(config.evaluation.recall_at, candidates=candidates, relevant=relevant)
+    _check_rerank(config.evaluation.rerank, dataset, candidates=candidates)
     if config.evaluation.clustering:
         check_clustering()
 
@@ -175,6 +181,30 @@ def check_recall_at(
         )
     if not np.any(relevant):
         raise UserError("no query has an image of its item in the gallery; check the split file")
+
+
+def _check_rerank(rerank: RerankConfig, dataset: Dataset, *, candidates: int) -> None:
+    """Refuse second stages that are unknown, or ask for more images than there are."""
+    key = "--config.evaluation.rerank"
+    for name in rerank.methods:
+        if name not in SECOND_STAGES:
+            raise UserError(f"{key}.methods has {name!r}; {nearest(name, SECOND_STAGES)}")
+    if len(set(rerank.methods)) < len(rerank.methods):
+        raise UserError(f"{key}.methods={rerank.methods} names one twice; remove it")
+    limits = []
+    if "query_expansion" in rerank.methods:
+        limits.append(("k", rerank.k, candidates))
+    if "database_augmentation" in rerank.methods:
+        limits.append(("k", rerank.k, len((dataset.gallery or dataset.query).labels) - 1))
+    if "k_reciprocal" in rerank.methods:
+        parts = [split for split in (dataset.query, dataset.gallery) if split is not None]
+        images = sum(len(split.labels) for split in parts)
+        limits += [("k1", rerank.k1, images - 1), ("k2", rerank.k2, images)]
+    for name, value, most in limits:
+        if value > most:
+            raise UserError(
+                f"{key}.{name}={value}, but an image has only {most} to look at; lower it"
+            )
 
 
 def relevant_counts(query_labels: AnyArray, gallery_labels: AnyArray | None) -> np.ndarray:

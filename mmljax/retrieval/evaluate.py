@@ -30,11 +30,16 @@ from mmljax.retrieval.checks import (
     relevant_counts,
 )
 from mmljax.retrieval.diagnostics import clustering_scores, embedding_density, spectral_decay
+from mmljax.retrieval.k_reciprocal import k_reciprocal_neighbors
+from mmljax.retrieval.rerank import database_augmentation, query_expansion
 from mmljax.retrieval.search import PositiveRanks, neighbors_and_ranks, renumbered
+from mmljax.retrieval.top_k import Neighbors
 from mmljax.types import Batch, Params, Values
 
 if TYPE_CHECKING:
     from flax import nnx
+
+    from mmljax.config import RerankConfig
 
 NEIGHBORS = 10
 """How many of a query's nearest gallery images a result keeps."""
@@ -43,7 +48,7 @@ _CURE = (
     "nothing can be ranked, and the last checkpoint is kept: lower "
     "--config.optimizer.*.learning_rate or set --config.optimizer.clip_norm"
 )
-_OF_PREFIXES = re.compile(r"recall@\d+|r_precision|map@r|mrr")
+_OF_VARIANTS = re.compile(r"recall@\d+|r_precision|map@r|mrr")
 _JOINED = 32  # batches joined at once: a program of many more arguments takes long to compile
 
 Embed = Callable[[Params, Params, Array], Float[Array, "b d"]]
@@ -120,7 +125,8 @@ def evaluate(
       gallery_batches: of every gallery image, or None for self-retrieval.
       distractor_batches: of images that match no query, or None.
       prefixes: numbers of dimensions; of those below the embedding size, unit prefixes are scored
-        by Recall@K, R-precision, MAP@R and MRR, without distractors. Each costs a search.
+        by Recall@K, R-precision, MAP@R and MRR, without distractors and second stages. Each costs a
+        search.
       options: as of :func:`retrieval_scores`.
 
     Raises:
@@ -136,7 +142,7 @@ def evaluate(
     result = retrieval_scores(
         queries, query_labels, gallery, gallery_labels, distractors=distractors, **options
     )
-    options |= {"geometry": False, "clustering": False}
+    options |= {"rerank": None, "geometry": False, "clustering": False}
     at_sizes = {}
     for size in prefixes:
         if size < queries.shape[1]:
@@ -144,7 +150,7 @@ def evaluate(
                 x if x is None else first_dimensions(x, size) for x in (queries, gallery)
             )
             found = retrieval_scores(cut, query_labels, others, gallery_labels, **options)
-            at_sizes[size] = {k: v for k, v in found.scores.items() if _OF_PREFIXES.fullmatch(k)}
+            at_sizes[size] = {k: v for k, v in found.scores.items() if _OF_VARIANTS.fullmatch(k)}
     return result._replace(at_sizes=at_sizes)
 
 
@@ -216,6 +222,7 @@ def retrieval_scores(
     chunk: int,
     mesh: Mesh,
     distractors: Any | None = None,
+    rerank: RerankConfig | None = None,
     geometry: bool = False,
     clustering: bool = False,
 ) -> Retrieval:
@@ -240,6 +247,9 @@ def retrieval_scores(
       mesh: the devices that share the gallery.
       distractors: ``[n d]`` of images that match no query, or None. They add each score as it is
         once they have joined the gallery, named as in ``recall@1/distractors``, and their number.
+      rerank: the second stages. Each adds Recall@K, R-precision, MAP@R and MRR of a search with
+        it, without distractors, named as in ``recall@1/query_expansion``. ``k_reciprocal`` orders
+        as many candidates anew as the scores read, if the config names fewer.
       geometry: whether to add ``embedding_density`` and ``spectral_decay`` of queries and gallery
         together (:mod:`mmljax.retrieval.diagnostics`).
       clustering: whether to add ``nmi`` and ``ami`` of the same.
@@ -254,19 +264,16 @@ def retrieval_scores(
     against = queries if gallery is None else gallery
     candidates = len(against) - (own is not None)
     check_recall_at(recall_at, candidates=candidates, relevant=relevant)
-    score = functools.partial(
-        score_queries,
-        recall_at=tuple(recall_at),
-        k=min(max(*recall_at, int(relevant.max()), NEIGHBORS), candidates),
-        chunk=chunk,
-        mesh=mesh,
-    )
+    options: dict[str, Any] = {
+        "recall_at": tuple(recall_at),
+        "k": min(max(*recall_at, int(relevant.max()), NEIGHBORS), candidates),
+        "chunk": chunk,
+        "mesh": mesh,
+    }
     counts = relevant.astype(np.int32), own
-    on_device = score(queries, against, query_labels, gallery_labels, *counts)
-    if distractors is not None:
-        joined = _joined(against, query_labels, gallery_labels, distractors)
-        among, *_ = score(queries, joined[0], query_labels, joined[1], *counts)
-        on_device[0].update({f"{name}/distractors": value for name, value in among.items()})
+    arrays = queries, against, query_labels, gallery_labels, *counts
+    on_device = score_queries(*arrays, **options)
+    on_device[0].update(_variants(arrays, on_device[0]["mrr"], distractors, rerank, options))
     pairs = (queries, query_labels), (gallery, gallery_labels)
     splits = [pair for pair in pairs if pair[0] is not None]
     extra = _diagnostics(splits, geometry=geometry, clustering=clustering)  # during the search
@@ -284,6 +291,106 @@ def retrieval_scores(
         neighbors=neighbors,
         similarity=similarity,
     )
+
+
+def _variants(
+    arrays: tuple[Any, ...],
+    reciprocal_rank: Array,
+    distractors: Any | None,
+    rerank: RerankConfig | None,
+    options: dict[str, Any],
+) -> dict[str, Array]:
+    """Values ``[q]`` of the scores with distractors and after second stages, as they are named.
+
+    ``arrays`` and ``options`` are those of :func:`score_queries`.
+    """
+    found = {}
+    if distractors is not None:
+        queries, gallery, query_labels, gallery_labels, *counts = arrays
+        joined = _joined(gallery, query_labels, gallery_labels, distractors)
+        found["distractors"], *_ = score_queries(
+            queries, joined[0], query_labels, joined[1], *counts, **options
+        )
+    if rerank is not None:
+        for method in rerank.methods:
+            found[method] = _second_stage(
+                method, *arrays, reciprocal_rank=reciprocal_rank, rerank=rerank, **options
+            )
+    return {
+        f"{name}/{variant}": value
+        for variant, values in found.items()
+        for name, value in values.items()
+    }
+
+
+def _second_stage(
+    method: str,
+    queries: Any,
+    gallery: Any,
+    query_labels: Any,
+    gallery_labels: Any,
+    relevant_count: np.ndarray,
+    own: np.ndarray | None,
+    *,
+    reciprocal_rank: Array,
+    rerank: RerankConfig,
+    recall_at: tuple[int, ...],
+    k: int,
+    chunk: int,
+    mesh: Mesh,
+) -> dict[str, Array]:
+    """Values ``[q]`` of the scores after a second stage; ``reciprocal_rank`` is that without it."""
+    labels = query_labels, gallery_labels, relevant_count
+    options: dict[str, Any] = {"chunk": chunk, "mesh": mesh}
+    if method == "k_reciprocal":
+        candidates = min(max(rerank.candidates, k), len(gallery) - (own is not None))
+        found = k_reciprocal_neighbors(
+            queries,
+            gallery,
+            k=candidates,
+            candidates=candidates,
+            k1=rerank.k1,
+            k2=rerank.k2,
+            original_weight=rerank.original_weight,
+            self_index=own,
+            **options,
+        )
+        values = _score_lists(found, *labels, reciprocal_rank, recall_at=recall_at)
+    else:
+        options |= {"k": rerank.k, "alpha": rerank.alpha}
+        if method == "query_expansion":
+            queries = query_expansion(queries, gallery, self_index=own, **options)
+        else:
+            gallery = database_augmentation(gallery, **options)
+        values, *_ = score_queries(
+            queries, gallery, *labels, own, recall_at=recall_at, k=k, chunk=chunk, mesh=mesh
+        )
+    return {name: value for name, value in values.items() if _OF_VARIANTS.fullmatch(name)}
+
+
+@functools.partial(jax.jit, static_argnames="recall_at")
+def _score_lists(
+    found: Neighbors,
+    query_labels: Array,
+    gallery_labels: Array,
+    relevant_count: Array,
+    reciprocal_rank: Array,
+    *,
+    recall_at: tuple[int, ...],
+) -> dict[str, Array]:
+    """Values of each score of lists whose rest of the gallery follows in the plain order.
+
+    A query without a relevant item in its list keeps its plain ``reciprocal_rank``.
+    """
+    places = found.indices.shape[1]
+    relevant = metrics.relevance(found.indices, query_labels, gallery_labels)
+    relevant = metrics.pessimistic_relevance(found.similarity, relevant, k=places)
+    values = _by_list(relevant, relevant_count, max(recall_at))
+    for k in recall_at:
+        values[f"recall@{k}"] = metrics.recall_at_k(relevant, relevant_count, k=k)
+    by_name = {name: value.value.astype(jnp.float32) for name, value in values.items()}
+    first = metrics.reciprocal_rank(relevant, relevant_count).value
+    return by_name | {"mrr": jnp.where(first > 0, first, reciprocal_rank)}
 
 
 def _joined(

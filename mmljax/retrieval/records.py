@@ -6,6 +6,7 @@ are comparable. A run keeps the records of its last evaluation in ``queries.npz`
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -23,7 +24,7 @@ from mmljax.files import write_atomically
 from mmljax.text import one_line
 
 if TYPE_CHECKING:  # at run time they import jax, which reading records does not need
-    from mmljax.config import Config
+    from mmljax.config import Config, RerankConfig
     from mmljax.retrieval.evaluate import Retrieval
     from mmljax.types import Dataset
 
@@ -69,14 +70,16 @@ def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
 
     ``data`` is a hash of the names and the grouping of query and gallery images, and depends
     neither on their order nor on the numbering of the labels; ``distractors``, if there are any, is
-    a hash of their names. ``images`` is a hash of the stored contents of a few queries, so it tells
-    variants of a data set apart. ``decoding`` is how files become pixels; of two runs only one
-    may have turned photographs upright.
+    a hash of their names; ``rerank``, if there are any, the second stages with their settings.
+    ``images`` is a hash of the stored contents of a few queries, so it tells variants of a data set
+    apart. ``decoding`` is how files become pixels; of two runs only one may have turned photographs
+    upright.
 
     Raises:
       UserError: if one of these images cannot be read.
     """
     query, gallery, distractors = dataset.query, dataset.gallery, dataset.distractors
+    rerank = config.evaluation.rerank
     splits = [query] if gallery is None else [query, gallery]
     return {
         "data": fingerprint_names(splits),
@@ -92,7 +95,14 @@ def evaluation_protocol(dataset: Dataset, config: Config) -> dict[str, Any]:
         "lone_queries": "left out of every score, and counted",
         "ties": "irrelevant before relevant",
         **({} if distractors is None else {"distractors": fingerprint_names([distractors])}),
+        **({"rerank": _rerank_text(rerank)} if rerank.methods else {}),
     }
+
+
+def _rerank_text(rerank: RerankConfig) -> str:
+    settings = dataclasses.asdict(rerank)
+    methods = ", ".join(settings.pop("methods"))
+    return f"{methods}: " + ", ".join(f"{key} {value:g}" for key, value in settings.items())
 
 
 def write_records(folder: Path, records: Records) -> Path:

@@ -446,7 +446,7 @@ def score_name(key: str) -> str:
     """The name of a score in tables."""
     name, _, variant = key.partition("/")
     shown = _SCORE_NAMES.get(name, name.replace("recall", "Recall"))
-    return f"{shown}, {variant}" if variant else shown
+    return f"{shown}, {variant.replace('_', ' ')}" if variant else shown
 
 
 def plain(value: Any) -> Any:

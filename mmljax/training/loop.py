@@ -247,6 +247,7 @@ def score_dataset(
         recall_at=config.evaluation.recall_at,
         chunk=config.evaluation.gallery_chunk,
         mesh=mesh,
+        rerank=config.evaluation.rerank,
         geometry=config.evaluation.geometry,
         clustering=config.evaluation.clustering,
     )

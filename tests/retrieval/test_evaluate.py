@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from mmljax import metrics as public
+from mmljax.config import RerankConfig
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh, place
+from mmljax.retrieval.checks import SECOND_STAGES
 from mmljax.retrieval.evaluate import embed_batches, embed_on_devices, evaluate, retrieval_scores
+from mmljax.retrieval.k_reciprocal import k_reciprocal_neighbors
+from mmljax.retrieval.rerank import database_augmentation, query_expansion
+from mmljax.retrieval.search import sharded_nearest_neighbors
 from mmljax.types import Batch
 
 
@@ -140,6 +145,64 @@ def test_distractors_join_the_gallery_in_scores_of_their_own(own: bool, devices:
     distractors[4, 2] = np.nan
     with pytest.raises(UserError, match="1 of 50 distractor embeddings .* row 4"):
         score(queries, labels, gallery, among, devices=devices, distractors=distractors)
+
+
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_second_stages_are_scored_beside_the_plain_search(own: bool) -> None:
+    """Against the public functions, and scores from Python lists. The last query is lone."""
+    random = np.random.default_rng(2)
+    labels = np.append(np.repeat(np.arange(9), 4), 40).astype(np.int32)
+    x = (random.normal(size=(9, 6))[labels % 9] + random.normal(size=(37, 6))).astype("f4")
+    x[1] = x[0]
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    rows, others = (np.arange(37), None) if own else (np.arange(0, 37, 2), np.arange(1, 37, 2))
+    gallery, against = (None, x) if others is None else (x[others], x[others])
+    among = labels if others is None else labels[others]
+    queries, wanted = x[rows], labels[rows]
+    settings = {"k": 2, "alpha": 2.0, "k1": 5, "k2": 2, "original_weight": 0.2, "candidates": 1}
+    rerank = RerankConfig(methods=SECOND_STAGES, **settings)
+    given = queries, wanted, gallery, None if own else among
+    result, plain = score(*given, rerank=rerank), score(*given)
+    assert {k: v for k, v in result.scores.items() if "/" not in k} == plain.scores
+    np.testing.assert_array_equal(result.neighbors, plain.neighbors)
+
+    options = {"chunk": 8, "mesh": make_mesh(jax.devices()[:2])}
+    search = {**options, "self_index": np.arange(37, dtype=np.int32) if own else None}
+    everything = {**search, "k": len(against) - own}
+    average = {"k": 2, "alpha": 2.0}
+    expanded = query_expansion(queries, against, **average, **search)
+    augmented = database_augmentation(against, **average, **options)
+    best = k_reciprocal_neighbors(
+        *(queries, against),
+        **{"k": 10, "candidates": 10, "k1": 5, "k2": 2},  # NEIGHBORS, more than any K and R
+        original_weight=0.2,
+        **search,
+    ).indices
+    first = np.asarray(sharded_nearest_neighbors(queries, against, **everything).indices)
+    after = [[i for i in row if i not in best[q]] for q, row in enumerate(first)]
+    orders = {
+        "query_expansion": sharded_nearest_neighbors(expanded, against, **everything).indices,
+        "database_augmentation": sharded_nearest_neighbors(
+            queries, augmented, **everything
+        ).indices,
+        "k_reciprocal": np.concatenate([best, np.array(after, int)], axis=1),
+    }
+    found = set()
+    for name, order in orders.items():
+        hits = among[np.asarray(order)] == wanted[:, None]
+        hits = hits[hits.any(axis=1)]
+        ranks = 1 + hits.argmax(axis=1)
+        within = [row[: row.sum()] for row in hits]
+        steps = [np.mean(row * np.cumsum(row) / np.arange(1, len(row) + 1)) for row in within]
+        expected = {f"recall@{k}": np.mean(ranks <= k) for k in (1, 2)}
+        expected |= {"mrr": np.mean(1 / ranks), "map@r": np.mean(steps)}
+        expected["r_precision"] = np.mean([np.mean(row) for row in within])
+        got = {key: result.scores[f"{key}/{name}"] for key in expected}
+        assert got == pytest.approx(expected, rel=1e-6)
+        assert f"recall_expected@1/{name}" not in result.scores
+        assert result.per_query[f"mrr/{name}"].shape == (len(queries),)
+        found.add(round(got["mrr"], 6))
+    assert len(found | {round(plain.scores["mrr"], 6)}) == 4  # each stage changes something
 
 
 def test_clustering_is_scored_only_if_asked_for() -> None:

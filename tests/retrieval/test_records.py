@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmljax.config import RerankConfig
 from mmljax.data.fingerprint import fingerprint_names
 from mmljax.errors import UserError
 from mmljax.retrieval import records
@@ -73,8 +74,11 @@ def dataset(labels: list[int], names: list[str], *, brightness: int = 0) -> Data
     return Dataset(train=split, query=split, gallery=None, classes=2)
 
 
-def config(*, resize_size: int = 30, resampling: str = "bilinear") -> Any:
+def config(
+    *, resize_size: int = 30, resampling: str = "bilinear", methods: tuple[str, ...] = ()
+) -> Any:
     return SimpleNamespace(
+        evaluation=SimpleNamespace(rerank=RerankConfig(methods)),
         data=SimpleNamespace(resize_size=resize_size, image_size=28, resampling=resampling),
         model=SimpleNamespace(compute_dtype="float32"),
     )
@@ -99,6 +103,16 @@ def test_the_protocol_depends_on_names_groups_contents_and_sizes_alone() -> None
         ("distractors", fingerprint_names([more.distractors]))
     }
     assert one["decoding"] == "none"
+    again = records.evaluation_protocol(
+        dataset([0, 0, 1], names), config(methods=("query_expansion", "k_reciprocal"))
+    )
+    assert set(again.items()) - set(one.items()) == {
+        (
+            "rerank",
+            "query_expansion, k_reciprocal: k 3, alpha 3, k1 20, k2 6, original_weight 0.3, "
+            "candidates 100",
+        )
+    }
     resized = records.evaluation_protocol(dataset([0, 0, 1], names), config(resize_size=31))
     assert [key for key in one if resized[key] != one[key]] == ["resize"]
     filtered = records.evaluation_protocol(dataset([0, 0, 1], names), config(resampling="bicubic"))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmljax.config import RerankConfig
 from mmljax.errors import UserError
 from mmljax.retrieval.checks import check_embeddings, check_evaluation, relevant_counts
 from mmljax.types import Dataset, Split
@@ -72,13 +73,48 @@ def split(labels: list[int]) -> Split:
 
 
 def evaluation(
-    query: list[int], gallery: list[int] | None, *, recall_at: tuple[int, ...]
+    query: list[int],
+    gallery: list[int] | None,
+    *,
+    recall_at: tuple[int, ...],
+    rerank: RerankConfig | None = None,
 ) -> tuple[Dataset, Any]:
     dataset = Dataset(split([0]), split(query), gallery and split(gallery), classes=1)
     config = SimpleNamespace(
-        evaluation=SimpleNamespace(recall_at=recall_at, clustering=False),
+        evaluation=SimpleNamespace(
+            recall_at=recall_at, clustering=False, rerank=rerank or RerankConfig()
+        ),
     )
     return dataset, config
+
+
+@pytest.mark.parametrize(
+    ("gallery", "options", "text"),
+    [
+        (None, {"methods": ("query_expansio",)}, "methods has 'query_expansio'; did you mean"),
+        (None, {"methods": ("k_reciprocal",) * 2, "k1": 2, "k2": 2}, "names one twice; remove it"),
+        (None, {"methods": ("query_expansion",), "k": 4}, "k=4, but an image has only 3 to"),
+        ([1, 2], {"methods": ("query_expansion",), "k": 3}, "k=3, but an image has only 2 to"),
+        (None, {"methods": ("database_augmentation",), "k": 4}, "k=4, but an image has only 3"),
+        ([1, 2], {"methods": ("database_augmentation",), "k": 2}, "k=2, but an image has only 1"),
+        (None, {"methods": ("k_reciprocal",), "k1": 4, "k2": 4}, "k1=4, but an image has only 3"),
+        ([1, 2], {"methods": ("k_reciprocal",), "k1": 5, "k2": 7}, "k2=7, but an .* only 6"),
+    ],
+)
+def test_second_stages_beyond_the_images_are_refused(
+    gallery: list[int] | None, options: Any, text: str
+) -> None:
+    query = [1, 1, 2, 2]
+    with pytest.raises(UserError, match=rf"--config\.evaluation\.rerank\..*{text}"):
+        check_evaluation(
+            *evaluation(query, gallery, recall_at=(1,), rerank=RerankConfig(**options))
+        )
+    fitting = options | {name: options[name] - 1 for name in ("k", "k1", "k2") if name in options}
+    fitting |= {"methods": options["methods"][:1]}
+    if fitting["methods"] != ("query_expansio",):
+        check_evaluation(
+            *evaluation(query, gallery, recall_at=(1,), rerank=RerankConfig(**fitting))
+        )
 
 
 @pytest.mark.parametrize("gallery", [None, [1, 2, 3]])

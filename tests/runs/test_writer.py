@@ -394,12 +394,14 @@ def test_scores_of_a_variant_are_rows_of_their_own():
         "tie_rate/distractors": 0,
     }
     scores |= {"recall@2/distractors": 0.1, "distractors": 9, "queries": 3, "gallery": 4}
+    scores["mrr/query_expansion"] = 0.625
     assert writer.recall_table({"trained": scores | {"lone_queries": 1}}).splitlines() == [
         "%                       trained",
         "Recall@1                   75.0",
         "MAP@R                      50.0",
         "Recall@2, distractors      10.0",
         "Recall@10, distractors     20.0",
+        "MRR, query expansion       62.5",
         "3 queries, 4 gallery images and 9 distractors; 1 queries without a match are excluded "
         "from all scores",
     ]

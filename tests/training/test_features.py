@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from flax import nnx
 
 import small_runs
 from mmljax.cli.command import main
-from mmljax.config import Config, load_config
+from mmljax.config import Config, RerankConfig, load_config
 from mmljax.data import load
 from mmljax.data.array_pipeline import augment
 from mmljax.errors import UserError
@@ -271,8 +272,14 @@ def test_distractors_have_features_and_scores_of_their_own(
         load.load_dataset(named(config, "other"))
     with pytest.raises(UserError, match="has features of no distractors; make them"):
         load.load_dataset(named(of_features(folder), "noise"))
+    rerank = RerankConfig(("query_expansion", "k_reciprocal"), k=2, k1=4, k2=2)
+    evaluation = dataclasses.replace(config.evaluation, rerank=rerank)
+    config = dataclasses.replace(config, evaluation=evaluation)
     results = train(config, tmp_path / "run")
     scores, before = results["scores"], results["untrained"]
+    for row, name in itertools.product((scores, before), rerank.methods):
+        assert 0 < row[f"mrr/{name}"] <= 1
+    assert results["protocol"]["rerank"].startswith("query_expansion, k_reciprocal: k 2, ")
     assert (scores["distractors"], scores["gallery"]) == (24, 24)
     for row in (scores, before):
         assert row["recall@1/distractors"] == 0 < row["recall@1"]
