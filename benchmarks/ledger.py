@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from benchmarks import machine
 from benchmarks.train_step import CLASSES, make_batch, make_config
-from mmljax.config import RunSize
+from mmljax.durations import RunSize
 from mmljax.losses.collectives import Axis
 from mmljax.losses.relations import RELATIONS, objective_sums
 from mmljax.mesh import AXIS, make_mesh, place

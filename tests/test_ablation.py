@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, ablation_table, matryoshka, pretrained_ablation
-from mmljax.config import RunSize
+from mmljax.durations import RunSize
 from mmljax.training.trainer import make_objective
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mmljax import config as config_lib
+from mmljax import durations
 from mmljax.errors import UserError
 from mmljax.text import differences
 
@@ -95,25 +96,25 @@ def test_integers_do_as_floats_and_lists_as_tuples() -> None:
     [("600 steps", 600), ("1 step", 1), ("2.5 epochs", 50), ("640 examples", 20), ("10%", 30)],
 )
 def test_durations(text: str, expected: int) -> None:
-    size = config_lib.RunSize(batch_size=32, train_examples=640, total_steps=300)
-    assert config_lib.steps(text, size, key="config.duration") == expected
+    size = durations.RunSize(batch_size=32, train_examples=640, total_steps=300)
+    assert durations.steps(text, size, key="config.duration") == expected
 
 
 @pytest.mark.parametrize("text", ["", "600", "six steps", "-3 steps", "3 hours", "3 steps 2"])
 def test_bad_duration_is_named(text: str) -> None:
     with pytest.raises(UserError, match="--config.optimizer.warmup"):
-        config_lib.steps(text, config_lib.RunSize(1, 1), key="config.optimizer.warmup")
+        durations.steps(text, durations.RunSize(1, 1), key="config.optimizer.warmup")
 
 
 @pytest.mark.parametrize("text", ["9" * 400 + " steps", "3000000000 examples"])
 def test_a_duration_beyond_32_bits_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--config.duration is .* beyond 2e.09; lower it"):
-        config_lib.steps(text, config_lib.RunSize(1, 1), key="config.duration")
+        durations.steps(text, durations.RunSize(1, 1), key="config.duration")
 
 
 def test_percentage_needs_a_total() -> None:
     with pytest.raises(UserError, match="--config.duration='10%'"):
-        config_lib.steps("10%", config_lib.RunSize(1, 1), key="config.duration")
+        durations.steps("10%", durations.RunSize(1, 1), key="config.duration")
 
 
 def test_fingerprint_follows_every_value() -> None:

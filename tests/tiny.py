@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mmljax.config import GroupConfig, ModelConfig, Objective, OptimizerConfig, RunSize
+from mmljax.config import GroupConfig, ModelConfig, Objective, OptimizerConfig
+from mmljax.durations import RunSize
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.mesh import AXIS, make_mesh, place
 from mmljax.models.embedder import Embedder, make_embedder

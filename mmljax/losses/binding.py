@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmljax.config import Objective, RunSize, choose, steps
+from mmljax.config import Objective, choose
+from mmljax.durations import RunSize, steps
 from mmljax.errors import UserError
 from mmljax.losses import registry
 from mmljax.losses.margins import SCHEDULES, dynamic_margins

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmljax.config import GroupConfig, OptimizerConfig, RunSize, choose, steps
+from mmljax.config import GroupConfig, OptimizerConfig, choose
+from mmljax.durations import RunSize, steps
 from mmljax.training.freezing import Trains, all_train, split_network
 
 GROUPS = ("backbone", "head", "proxies", "weights")

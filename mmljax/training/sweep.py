@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmljax.config import Config, GroupConfig, RunSize, to_dict
+from mmljax.config import Config, GroupConfig, to_dict
 from mmljax.data import feature_pipeline, load
 from mmljax.data.fingerprint import dataset_fingerprint
 from mmljax.data.readers.features import copy_identity
+from mmljax.durations import RunSize
 from mmljax.errors import UserError
 from mmljax.files import write_atomically
 from mmljax.mesh import AXIS, make_mesh, replicated

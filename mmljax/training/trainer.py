@@ -12,8 +12,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmljax.config import Config, RunSize, choose, steps
+from mmljax.config import Config, choose
 from mmljax.data.composition import table_shapes
+from mmljax.durations import RunSize, steps
 from mmljax.errors import UserError
 from mmljax.losses.multi_objective import MultiObjective
 from mmljax.training import optim

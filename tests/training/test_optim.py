@@ -16,8 +16,9 @@ from flax import nnx
 
 import small_runs
 import tiny
-from mmljax.config import RunSize, load_config
+from mmljax.config import load_config
 from mmljax.data import load
+from mmljax.durations import RunSize
 from mmljax.errors import UserError
 from mmljax.mesh import make_mesh
 from mmljax.models.backbones import BACKBONES
