@@ -58,12 +58,12 @@ def write_run(folder: Path, *, noise: float = 0.3, **changes: Any) -> SavedRun:
     run, states = folder / "run", {}
     saved = Checkpoints(run / "checkpoints", keep_last=2, keep_best=0)
     for step in STEPS:
-        noised = partial(_noised, noise=noise, seed=step)
-        network = jax.tree.map(noised, trainer.state.params["network"])
+        changed = partial(noised, noise=noise, seed=step)
+        network = jax.tree.map(changed, trainer.state.params["network"])
         state = trainer.state._replace(
             objective=trainer.state.objective._replace(step=np.int32(step)),
             params=trainer.state.params | {"network": network},
-            model_state=jax.tree.map(noised, trainer.state.model_state),
+            model_state=jax.tree.map(changed, trainer.state.model_state),
         )
         state = jax.device_put(state, shardings(state, trainer.objective, mesh))
         saved.save(state, step=step, metrics=None)
@@ -86,7 +86,8 @@ def load_once(path: Path, *, step: int | None = None) -> TrainedEmbedder:
     return load_embedder(path, step=step)
 
 
-def _noised(x: jax.Array, *, noise: float, seed: int) -> np.ndarray:
+def noised(x: jax.Array, *, noise: float, seed: int) -> np.ndarray:
+    """Weights or statistics, each changed by about that share of its value."""
     values = np.asarray(x)  # in NumPy, which compiles nothing
     scaled, moved = np.random.default_rng(seed).uniform(-noise, noise, (2, *x.shape))
     return (values * (1 + scaled) + moved / 6).astype(values.dtype)

@@ -55,6 +55,7 @@ PYTHON = {  # text of a block: the test that runs it
     "mmljax.train(config": "test_run_of_the_api_page",
     "def get_config():": "test_config_of_the_choosing_page",
     "read_runs(": "test_table_of_the_inspect_page",
+    "onnxruntime.InferenceSession(": "test_program_for_onnxruntime",
     "import fiftyone": "test_fiftyone_recipe",
     "expanded = query_expansion(": "test_second_stages_of_the_docs",
     "def network(weights, inputs)": "test_program_for_those_from_pytorch_metric_learning",
@@ -221,6 +222,8 @@ def skip_without_weights(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block", COMMANDS, ids=str)
 def test_commands_run(block, folder, monkeypatch):
     skip_without_weights(monkeypatch)
+    if "--format onnx" in block.text:
+        pytest.importorskip("onnxruntime", reason="pip install 'mmljax[onnx]' brings it")
     for call in documented.record(block, folder):
         run(call, monkeypatch)
 
@@ -310,6 +313,13 @@ def test_table_of_the_inspect_page(folder, monkeypatch, capsys):
         ["share", "pair", "0.4065", "0.005802"],  # of 0.401, 0.402, 0.411 and 0.412
         ["fixed", "pair", "0.4015", "0.000707"],
     ]
+
+
+def test_program_for_onnxruntime(folder):
+    pytest.importorskip("onnxruntime", reason="pip install 'mmljax[onnx]' brings it")
+    assert main(["export", "RUN", "--output", "exported", "--format", "onnx"]) == 0
+    embeddings = execute("onnxruntime.InferenceSession(")["embeddings"]
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), np.ones(3), atol=1e-5)
 
 
 def test_fiftyone_recipe(folder, monkeypatch):

@@ -1,10 +1,12 @@
-"""Write the network of a run as a file that needs only jax and numpy, or as a folder to publish.
+"""Write the network of a run as a file for other programs, or as a folder to publish.
 
     mmljax export RUN --output exported/
+    mmljax export RUN --output exported/ --format onnx
     mmljax export RUN --output published/ --format hub --license apache-2.0
 
-The file is loaded in a process that can import nothing else, and must give the run's embeddings and
-neighbours there; receipt.json has the result. The exit code is 1 if it does not. With --format hub
+The file needs only jax and numpy, or with --format onnx only onnxruntime. It is loaded in a process
+that can import nothing else, and must give the run's embeddings and neighbours there; a receipt has
+the result. The exit code is 1 if it does not; an ONNX file is then not written. With --format hub
 the folder has safetensors, configs and a model card, and --upload OWNER/NAME puts it on the Hugging
 Face hub (--dry-run: says what would be uploaded). The command runs on the CPU unless JAX_PLATFORMS
 is set.
@@ -15,11 +17,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmljax.cli import options as shared
 from mmljax.errors import UserError, require
 from mmljax.text import printable
+
+if TYPE_CHECKING:
+    from mmljax.inference.embedder import TrainedEmbedder
+    from mmljax.types import Split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=tuple(FORMATS), default="jax", help="of what is written; default jax"
     )
-    checked = parser.add_argument_group("the check of --format jax")
+    checked = parser.add_argument_group("--format jax and --format onnx")
+    checked.add_argument(
+        "--image-size",
+        type=shared.at_least(1),
+        metavar="PIXELS",
+        help="side of the crops that the file takes; default: the run's",
+    )
     checked.add_argument(
         "--images",
         nargs="+",
@@ -49,12 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Export; 1 if the check fails."""
-    for name, value in FORMATS.items():
-        for flag in value.flags if name != options.format else ():
-            if getattr(options, flag) not in (None, False):
-                raise UserError(
-                    f"--{flag.replace('_', '-')} belongs to --format {name}; omit one of them"
-                )
+    for flag in dict.fromkeys(flag for value in FORMATS.values() for flag in value.flags):
+        owners = [name for name, value in FORMATS.items() if flag in value.flags]
+        if options.format not in owners and getattr(options, flag) not in (None, False):
+            raise UserError(
+                f"--{flag.replace('_', '-')} belongs to --format {' and '.join(owners)}; omit one "
+                "of them"
+            )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return FORMATS[options.format].export(options)
 
@@ -83,14 +96,9 @@ def _hub(options: argparse.Namespace) -> int:
 
 def _jax(options: argparse.Namespace) -> int:
     require("flatbuffers", extra="offline", purpose="mmljax export")
-    from mmljax.inference import embed, export
+    from mmljax.inference import export
 
-    trained = embed.load(options.run, step=options.step)
-    split = embed.chosen_images(trained, images=options.images, split=None)
-    split = embed.rows_of(split, slice(options.count or 64))
-    if len(split.labels) < 2:
-        raise UserError("--images: one image has no neighbours to compare; name at least two")
-    receipt = export.export_run(trained, split, options.output)
+    receipt = export.export_run(*_checked(options), options.output)
     text = (
         f"{options.output / export.ARTEFACT}: on {receipt['images']} images the embeddings differ "
         f"by at most {receipt['largest_difference']:.1e}, and "
@@ -101,12 +109,48 @@ def _jax(options: argparse.Namespace) -> int:
     return 0 if receipt["holds"] else 1
 
 
+def _onnx(options: argparse.Namespace) -> int:
+    for package in ("onnx", "onnxruntime"):
+        require(package, extra="onnx", purpose="--format onnx")
+    from mmljax.inference import onnx_export
+
+    receipt = onnx_export.export_run(*_checked(options), options.output)
+    found = "are not all finite"
+    if receipt["largest_difference"]:
+        parts = (f"{x:.1e} in batches of {n}" for n, x in receipt["largest_difference"].items())
+        found = f"differ by at most {', '.join(parts)}"
+    text = (
+        f"{options.output / onnx_export.ARTEFACT}: on {receipt['images']} images the embeddings "
+        f"{found}, with {len(receipt['other_neighbors'])} other neighbours: parity "
+        f"{'holds' if receipt['holds'] else 'does NOT hold; no file is written'}"
+    )
+    print(printable(text))
+    for query, own, other in receipt["near_copies"]:
+        print(printable(f"near-copies for the query {query}: {own} and {other} swap places"))
+    return 0 if receipt["holds"] else 1
+
+
+def _checked(options: argparse.Namespace) -> tuple[TrainedEmbedder, Split]:
+    """The network, and the images for the check."""
+    from mmljax.inference import embed, embedder
+
+    trained = embed.load(options.run, step=options.step)
+    if options.image_size:
+        trained = embedder.at_image_size(trained, options.image_size)
+    split = embed.chosen_images(trained, images=options.images, split=None)
+    split = embed.rows_of(split, slice(options.count or 64))
+    if len(split.labels) < 2:
+        raise UserError("--images: one image has no neighbours to compare; name at least two")
+    return trained, split
+
+
 class _Format(NamedTuple):
     export: Callable[[argparse.Namespace], int]
-    flags: tuple[str, ...]  # that no other format has
+    flags: tuple[str, ...]  # that not all formats have
 
 
 FORMATS = {
-    "jax": _Format(_jax, ("images", "count")),
+    "jax": _Format(_jax, ("images", "count", "image_size")),
+    "onnx": _Format(_onnx, ("images", "count", "image_size")),
     "hub": _Format(_hub, ("license", "upload", "private", "dry_run")),
 }

@@ -180,6 +180,42 @@ def with_dimensions(trained: TrainedEmbedder, dims: int) -> TrainedEmbedder:
     return trained._replace(identity=identity, embed=embed)
 
 
+def in_float32(trained: TrainedEmbedder) -> TrainedEmbedder:
+    """The same network, computed in float32 whatever the run's compute dtype is."""
+    model = dataclasses.replace(trained.config.model, compute_dtype="float32", remat="none")
+    weights = jax.tree.map(lambda x: x.astype(np.float32), (trained.network, trained.model_state))
+    return _rebuilt(trained, dataclasses.replace(trained.config, model=model), Weights(*weights))
+
+
+def at_image_size(trained: TrainedEmbedder, size: int) -> TrainedEmbedder:
+    """The same network for crops of ``size`` pixels a side.
+
+    The short side before the crop is in the proportion that the run has.
+
+    Raises:
+      UserError: if the network does not take such images.
+    """
+    data = trained.config.data
+    side = round(data.resize_size * size / data.image_size)
+    data = dataclasses.replace(data, image_size=size, resize_size=side)
+    identity = trained.identity | {"image_size": size, "resize_size": side}
+    config = dataclasses.replace(trained.config, data=data)
+    weights = Weights(trained.network, trained.model_state)
+    resized = _rebuilt(trained._replace(identity=identity), config, weights)
+    try:
+        shape = (1, size, size, trained.channels)
+        jax.eval_shape(resized.embed, jax.ShapeDtypeStruct(shape, np.uint8))
+    except UserError as error:
+        reason = str(error).removeprefix("--config.data.image_size: ")
+        raise UserError(f"--image-size={size}: {reason}") from None
+    return resized
+
+
+def _rebuilt(trained: TrainedEmbedder, config: Config, weights: Weights) -> TrainedEmbedder:
+    graphdef, _ = _abstract(config.model, trained.channels)
+    return _trained(config, trained.identity, trained.channels, graphdef, weights, trained.mesh)
+
+
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
     """The run's directory, and the step if the path or the argument names one."""
     try:

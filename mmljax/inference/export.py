@@ -49,7 +49,7 @@ with open("embedder.jax", "rb") as file:
 images = np.zeros((1, {size}, {size}, {channels}), np.uint8)  # crops; see "images"
 embeddings = np.asarray(embed(images))  # [n {dimension}] float32, of unit length"""
 
-CHECK = """\
+ALONE = """\
 import importlib.abc, sys
 
 class Only(importlib.abc.MetaPathFinder):
@@ -70,6 +70,12 @@ for name in {blocked!r}:
     except ModuleNotFoundError:
         continue
     sys.exit(f"{{name}} could be imported")
+"""
+"""Python that lets a process import only the standard library and what is named."""
+
+CHECK = (
+    ALONE
+    + """\
 import jax, jax.export, numpy as np
 with open({artefact!r}, "rb") as file:
     embed = jax.jit(jax.export.deserialize(bytearray(file.read())).call)
@@ -77,6 +83,7 @@ images = np.load("images.npy")
 parts = np.split(images, range(1, len(images), {batch}))
 np.save("vectors.npy", np.concatenate([np.asarray(embed(part)) for part in parts]))
 """
+)
 
 
 class Lowered(NamedTuple):
@@ -115,14 +122,9 @@ def lower(trained: TrainedEmbedder) -> Lowered:
 def describe(trained: TrainedEmbedder, lowered: Lowered) -> dict[str, Any]:
     """The contents of ``embedder.json``."""
     data, size = trained.config.data, trained.identity["embedding_size"]
-    colours = "red, green, blue" if trained.channels == 3 else f"{trained.channels} channels"
     return {
         **trained.identity,
-        "images": f"uint8 [n {data.image_size} {data.image_size} {trained.channels}], {colours}, "
-        f"0 to 255: the short side resized to {data.resize_size} pixels ({data.resampling}, "
-        "antialiased, the long side rounded down), then the central "
-        f"{data.image_size} x {data.image_size} pixels",
-        "embeddings": f"float32 [n {size}], of unit length: inner products are cosines",
+        **interface(trained),
         "platforms": list(lowered.exported.platforms),
         "refused_platforms": lowered.refused,
         "calling_convention": lowered.exported.calling_convention_version,
@@ -131,6 +133,20 @@ def describe(trained: TrainedEmbedder, lowered: Lowered) -> dict[str, Any]:
         "load": LOADING.format(
             size=data.image_size, channels=trained.channels, dimension=size
         ).splitlines(),
+    }
+
+
+def interface(trained: TrainedEmbedder) -> dict[str, str]:
+    """What the exported function takes and returns, in words."""
+    data = trained.config.data
+    colours = "red, green, blue" if trained.channels == 3 else f"{trained.channels} channels"
+    return {
+        "images": f"uint8 [n {data.image_size} {data.image_size} {trained.channels}], {colours}, "
+        f"0 to 255: the short side resized to {data.resize_size} pixels ({data.resampling}, "
+        "antialiased, the long side rounded down), then the central "
+        f"{data.image_size} x {data.image_size} pixels",
+        "embeddings": f"float32 [n {trained.identity['embedding_size']}], of unit length: inner "
+        "products are cosines",
     }
 
 
@@ -173,6 +189,17 @@ def embed_in_clean_process(
         artefact=str(artefact.resolve()),
         batch=batch,
     )
+    return run_alone(code, crops, artefact=artefact)
+
+
+def run_alone(
+    code: str, crops: UInt8[np.ndarray, "n s s ch"], *, artefact: Path
+) -> Float[np.ndarray, "*n d"]:
+    """Run Python in a folder of its own, from ``images.npy`` to ``vectors.npy``.
+
+    Raises:
+      UserError: if the process fails; names the artefact.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process may hold the device
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +257,7 @@ def export_run(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str
 def _export(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str, Any]:
     lowered = lower(trained)
     write_atomically(folder / ARTEFACT, bytes(lowered.exported.serialize()))
-    write_atomically(folder / DESCRIPTION, _json(describe(trained, lowered)))
+    write_atomically(folder / DESCRIPTION, as_json(describe(trained, lowered)))
     crops, live = embed_crops(trained, split)
     batch = trained.config.data.eval_batch_size
     reloaded = embed_in_clean_process(folder / ARTEFACT, crops, batch=batch)
@@ -241,9 +268,10 @@ def _export(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str, A
         "could_import": list(ALLOWED),
         "jax": jax.__version__,
     }
-    write_atomically(folder / RECEIPT, _json(receipt))
+    write_atomically(folder / RECEIPT, as_json(receipt))
     return receipt
 
 
-def _json(contents: dict[str, Any]) -> str:
+def as_json(contents: dict[str, Any]) -> str:
+    """The text of a file that people read."""
     return json.dumps(contents, indent=2) + "\n"

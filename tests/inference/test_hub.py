@@ -187,7 +187,10 @@ def test_commands_take_the_folder(published, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--format=hub", "--count=3"), "--count belongs to --format jax; omit one of them"),
+        (
+            ("--format=hub", "--count=3"),
+            "--count belongs to --format jax and onnx; omit one of them",
+        ),
         (("--license=mit",), "--license belongs to --format hub"),
         (("--dry-run",), "--dry-run belongs to --format hub"),
         (("--format=hub", "--dry-run"), "--dry-run and --private belong to --upload OWNER/NAME"),
