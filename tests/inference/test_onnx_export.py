@@ -23,7 +23,7 @@ from mmljax.errors import UserError
 from mmljax.inference import embedder
 from mmljax.inference.embedder import TrainedEmbedder
 from mmljax.mesh import make_mesh
-from mmljax.models import backbones, positions, resnet, vit
+from mmljax.models import backbones, efficientnet, positions, resnet, vit
 from mmljax.models import embedder as models_embedder
 from mmljax.models.positions import filter_matrix
 from mmljax.training.state import make_model
@@ -181,7 +181,7 @@ KINDS = [  # backbone, pooling, size, another size
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """Two blocks of a vision transformer, and two stages of one block of ResNet-50."""
+    """Two blocks of a ViT, two stages of one block of ResNet-50, one of each of EfficientNet."""
     of_width = vit.Architecture.of_width
     monkeypatch.setattr(
         vit.Architecture,
@@ -191,6 +191,8 @@ def shallow(monkeypatch):
     whole = resnet.RESNETS["resnet50"]
     short = partial(whole.func, whole.args[0], (1, 1), **whole.keywords)
     monkeypatch.setitem(backbones.BACKBONES, "resnet50", short)
+    few = partial(efficientnet.EfficientNetLite, 1.0, 0.1)
+    monkeypatch.setitem(backbones.BACKBONES, "efficientnet_lite0", few)
 
 
 @pytest.mark.slow
