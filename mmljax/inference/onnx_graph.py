@@ -183,6 +183,13 @@ def to_onnx(
     if isinstance(output, Unsupported):
         raise UserError(f"--format=onnx cannot write this network: {output.reason}")
     embeddings = graph.whole(output, traced.out_avals[0].shape)
+    model = _model(graph, embeddings, size=size, channels=channels)
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString(deterministic=True)
+
+
+def _model(graph: Graph, embeddings: Value, *, size: int, channels: int) -> onnx.ModelProto:
     nodes, constants = graph.used(embeddings.name)
     nodes.append(onnx.helper.make_node("Identity", [embeddings.name], ["embeddings"]))
     if sum(x.nbytes for x in constants.values()) > LARGEST - 2**24:
@@ -191,7 +198,7 @@ def to_onnx(
         )
     info = onnx.helper.make_tensor_value_info
     float32, uint8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
-    model = onnx.helper.make_model(
+    return onnx.helper.make_model(
         onnx.helper.make_graph(
             nodes,
             "embedder",
@@ -203,9 +210,6 @@ def to_onnx(
         ir_version=IR_VERSION,
         producer_name="mmljax",
     )
-    onnx.helper.set_model_props(model, dict(metadata))
-    onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString(deterministic=True)
 
 
 def _convert(
