@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -100,32 +101,38 @@ def photographs(folder: Path) -> None:
         path.rename(folder / path.parent.name / path.name)
 
 
-def test_the_ten_commands_of_the_tutorial(tmp_path):
-    blocks = re.findall(
-        r"<!-- tutorial -->\n```bash\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S
-    )
-    assert len(blocks) == 10
-    photographs(tmp_path / "photos")
+def commands(marker: str) -> list[str]:
+    """The blocks of the tutorial under a marker, which train a third of the steps."""
+    text = (DOCS / "tutorial.md").read_text()
+    blocks = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)```", text, re.S)
+    assert '"100 steps"' in blocks[0]
+    return [block.replace('"100 steps"', '"30 steps"') for block in blocks]
+
+
+def run_block(block: str, folder: Path) -> str:
+    """What a block prints."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     root = str(small_runs.ROOT)
     # XLA's defaults: with the tests' flags training is slower.
     environment = small_runs.environment(PATH=path, PYTHONPATH=root, XLA_FLAGS="")
-    printed = []
-    for number, block in enumerate(blocks, 1):
-        if number == 1:  # a third of the steps
-            assert '"100 steps"' in block
-            block = block.replace('"100 steps"', '"30 steps"')
-        done = subprocess.run(
-            ["bash", "-c", f"{MMLJAX}\n{block}"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=1500,
-            check=False,
-        )
-        assert done.returncode == 0, f"command {number}: {done.stderr}"
-        printed.append(done.stdout)
+    done = subprocess.run(
+        ["bash", "-e", "-c", f"{MMLJAX}\n{block}"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block}: {done.stderr}"
+    return done.stdout
+
+
+def test_the_ten_commands_of_the_tutorial(tmp_path):
+    blocks = commands("tutorial")
+    assert len(blocks) == 10
+    photographs(tmp_path / "photos")
+    printed = [run_block(block, tmp_path) for block in blocks]
     results = small_runs.results(tmp_path / "runs" / "three")
     assert results["scores"]["recall@1"] > results["untrained"]["recall@1"] > 0
     assert "recall@1" in printed[4]
@@ -138,6 +145,31 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
         "exported/receipt.json",
     ):
         assert (tmp_path / name).stat().st_size
+
+
+def test_five_commands_from_photographs_of_dishes_to_files_for_other_programs(tmp_path):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="needs pip install 'mmljax[onnx]'")
+    archive = small_runs.ROOT.parent / "shared" / "data" / "foods" / "foods.zip"
+    if not archive.exists():
+        pytest.skip(f"needs {archive}")
+    with zipfile.ZipFile(archive) as file:
+        for split, items in {"train": 80, "test": 40}.items():
+            names = [n for n in file.namelist() if n.startswith(split) and n.endswith(".jpg")]
+            kept = sorted({name.split("/")[1] for name in names})[:items]
+            chosen = [name for name in names if name.split("/")[1] in kept]
+            file.extractall(tmp_path / "photos", chosen)
+    (block,) = commands("five")
+    printed = run_block(block, tmp_path)
+    results = small_runs.results(tmp_path / "runs" / "photos")
+    assert results["scores"]["recall@1"] > results["untrained"]["recall@1"] > 0
+    assert "parity holds" in printed
+    receipt = json.loads((tmp_path / "onnx" / "onnx_receipt.json").read_text())
+    assert receipt["holds"] is True
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert f"| Recall@1 | {100 * results['scores']['recall@1']:.1f} |" in card
+    answers = [line.split() for line in printed.splitlines() if line.startswith("photos/")]
+    assert answers[0][0] == f"photos/{answers[0][3]}"  # a photograph is nearest to itself
 
 
 def test_files_for_indexes_and_services_agree_with_the_package() -> None:
