@@ -71,6 +71,7 @@ def test_the_folder_gives_the_embeddings_of_the_run_to_the_bit(saved_run, run_fo
         load_embedder(published, step=5)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged(tmp_path):
     folder = saved.write_run(
         tmp_path,
