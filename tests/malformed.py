@@ -498,7 +498,7 @@ def config_values(random: Random, folder: Path, *, plain: dict[str, Any]) -> Att
         key = pick(random, ["clip_norm", "epsilon", "b1", "b2", "step_factor"])
         config["optimizer"][key] = float(pick(random, numbers))
     elif kind == 5:
-        key = pick(random, ["batch_size", "image_size", "eval_batch_size", "images_per_class"])
+        key = pick(random, ["batch_size", "eval_batch_size", "images_per_class"])
         config["data"][key] = pick(random, [0, -1, 1.5, "8", True, -(2**70)])
     else:
         config["seed"] = pick(random, [-1, 2**32, 2**90, 0.5, None, "0"])
