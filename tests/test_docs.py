@@ -102,11 +102,15 @@ def photographs(folder: Path) -> None:
 
 
 def commands(marker: str) -> list[str]:
-    """The blocks of the tutorial under a marker, with fewer steps; the warm-up has 50."""
+    """The blocks of the tutorial under a marker, with fewer steps of training and warm-up."""
     text = (DOCS / "tutorial.md").read_text()
     blocks = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)```", text, re.S)
+    warmup = {
+        "tutorial": '\n    config.optimizer.warmup = "10 steps"',  # in the config file
+        "five": ' --config.optimizer.warmup="10 steps"',
+    }
     assert '"100 steps"' in blocks[0]
-    return [block.replace('"100 steps"', '"60 steps"') for block in blocks]
+    return [block.replace('"100 steps"', f'"30 steps"{warmup[marker]}') for block in blocks]
 
 
 def run_block(block: str, folder: Path) -> str:
