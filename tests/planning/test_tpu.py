@@ -79,12 +79,7 @@ def compile_for(topology: str, config: Config, counts: Counts, cache: Any) -> St
     )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[  # one process compiles each
-        pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("v5e:2x4", "v6e:2x4")
-    ],
-)
+@pytest.fixture(scope="module", params=["v5e:2x4", "v6e:2x4"])
 def in_shop(request, cache) -> Step:
     config = load_config("inshop", ["data.batch_size=192"])
     return compile_for(request.param, config, PUBLISHED["in_shop"], cache)
