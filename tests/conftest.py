@@ -35,6 +35,15 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ[_CACHE], ignore_errors=True)
 
 
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """Commands of one session compile the network of a run once."""
+    import saved
+    from mmljax.inference import embedder
+
+    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+
+
 @pytest.fixture(scope="session")
 def saved_run(tmp_path_factory):
     """A run's directory, its config and its states by step; only to be read."""

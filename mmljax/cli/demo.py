@@ -31,12 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mmljax demo``."""
     shared.add_run(parser)
     shared.add_step(parser)
-    parser.add_argument(
-        "--gallery",
-        type=shared.local_path,
-        required=True,
-        help="Parquet file of mmljax embed to search",
-    )
+    shared.add_embeddings(parser, "--gallery")
     parser.add_argument(
         "--images",
         type=shared.local_path,
@@ -56,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=_port, default=8000, help="default 8000; 0: one that is free"
     )
-    parser.add_argument(
-        "--force", action="store_true", help="search embeddings that another network made"
-    )
+    shared.add_force(parser)
 
 
 def _port(text: str) -> int:

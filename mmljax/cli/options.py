@@ -61,11 +61,9 @@ def fetch_runs(options: argparse.Namespace) -> None:
     """
     for name in ("run", "run_a", "run_b"):
         if isinstance(address := getattr(options, name, None), str):
-            from mmljax.inference import hub
-            from mmljax.runs.remote import fetched
+            from mmljax.inference.hub import located
 
-            fetch = hub.fetch if address.startswith("hf:") else fetched
-            setattr(options, name, fetch(address))
+            setattr(options, name, located(address))
 
 
 def add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
@@ -102,6 +100,20 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
     choice.add_argument("--split", choices=SPLITS, help="of the run's own data set")
     add_parts(parser)
+
+
+def add_embeddings(parser: argparse.ArgumentParser, flag: str) -> None:
+    """The file to search, under a verb's own flag."""
+    parser.add_argument(
+        flag, type=local_path, required=True, help="Parquet file of mmljax embed to search"
+    )
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """``--force``."""
+    parser.add_argument(
+        "--force", action="store_true", help="search embeddings that another network made"
+    )
 
 
 def add_parts(parser: argparse.ArgumentParser) -> None:

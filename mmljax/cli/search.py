@@ -29,12 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_run(parser)
     shared.add_step(parser)
     shared.add_dims(parser)
-    parser.add_argument(
-        "--embeddings",
-        type=shared.local_path,
-        required=True,
-        help="Parquet file of mmljax embed to search",
-    )
+    shared.add_embeddings(parser, "--embeddings")
     shared.add_images(parser)
     parser.add_argument(
         "--k", type=shared.at_least(1), default=10, help="answers per query; default 10"
@@ -56,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=STDOUT,
         help="file.parquet or file.jsonl to write; default: a table on standard output",
     )
-    parser.add_argument(
-        "--force", action="store_true", help="search embeddings that another network made"
-    )
+    shared.add_force(parser)
 
 
 def run(options: argparse.Namespace) -> int:

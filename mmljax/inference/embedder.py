@@ -30,7 +30,7 @@ from mmljax.models.embedder import make_embedder
 from mmljax.models.lora import merge_adapters
 from mmljax.retrieval.evaluate import first_dimensions, make_embed
 from mmljax.runs.reader import CONFIG, read_config
-from mmljax.runs.remote import checkpoints_of, fetched
+from mmljax.runs.remote import checkpoints_of
 from mmljax.training.checkpoints import PartialCheckpoint, steps_in
 from mmljax.training.freezing import split_network
 from mmljax.training.state import make_model
@@ -84,7 +84,7 @@ def load_embedder(path: Path | str, *, step: int | None = None) -> TrainedEmbedd
       UserError: if there is no run, no checkpoint or no such step, the config is damaged, or the
         checkpoint does not fit it.
     """
-    path = hub.fetch(path) if isinstance(path, str) and path.startswith("hf:") else fetched(path)
+    path = hub.located(path)
     if hub.is_folder(path):
         return _published(path, step)
     run, step = _run_and_step(path, step)

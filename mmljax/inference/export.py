@@ -9,7 +9,6 @@ gave the run's embeddings of real images: within ``TOLERANCE``, and with the sam
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from mmljax.errors import UserError
 from mmljax.files import replacing, write_atomically
 from mmljax.inference.embedder import TrainedEmbedder
 from mmljax.retrieval.search import nearest_neighbors
-from mmljax.text import one_line
+from mmljax.text import as_json, one_line
 from mmljax.types import Split
 
 ARTEFACT, DESCRIPTION, RECEIPT = "embedder.jax", "embedder.json", "receipt.json"
@@ -270,8 +269,3 @@ def _export(trained: TrainedEmbedder, split: Split, folder: Path) -> dict[str, A
     }
     write_atomically(folder / RECEIPT, as_json(receipt))
     return receipt
-
-
-def as_json(contents: dict[str, Any]) -> str:
-    """The text of a file that people read."""
-    return json.dumps(contents, indent=2) + "\n"

@@ -28,15 +28,15 @@ from mmljax.files import replacing, write_atomically
 from mmljax.inference import model_card
 from mmljax.models.embedder import PIXEL_NORMS, choose_pixel_norm
 from mmljax.models.weight_files import hub_address
+from mmljax.runs.remote import fetched
 from mmljax.runs.writer import read_results
-from mmljax.text import one_line
+from mmljax.text import as_json, one_line
 
 if TYPE_CHECKING:
     from mmljax.inference.embedder import TrainedEmbedder
 
-WEIGHTS, CONFIG, IMAGES = "model.safetensors", "config.json", "preprocessor_config.json"
-RESULTS, CARD = "results.json", "README.md"
-FILES = (WEIGHTS, IMAGES, RESULTS, CARD, CONFIG)  # the last one makes the folder whole
+WEIGHTS, CONFIG, RESULTS, CARD = "model.safetensors", "config.json", "results.json", "README.md"
+FILES = (WEIGHTS, model_card.IMAGES, RESULTS, CARD, CONFIG)  # the last one makes the folder whole
 FORMAT = "mmljax embedder 1"
 SOURCE = "hub"
 """``config.data.source`` of a network that has no data set."""
@@ -78,6 +78,15 @@ def fetch(address: str) -> Path:
             "of a folder"
         ) from error
     return Path(found)
+
+
+def located(run: Path | str) -> Path:
+    """The folder of a run or of an export, of which an address is fetched.
+
+    Raises:
+      UserError: as :func:`fetch` and :func:`mmljax.runs.remote.fetched`.
+    """
+    return fetch(run) if isinstance(run, str) and run.startswith("hf:") else fetched(run)
 
 
 def read_folder(folder: Path) -> Published:
@@ -184,11 +193,11 @@ def _write(trained: TrainedEmbedder, folder: Path, *, run: Path, license_id: str
         "sha256": hashlib.sha256(contents).hexdigest(),
     }
     stored["model"]["pixel_norm"] = _pixel_norm(trained.config)
-    write_atomically(folder / CONFIG, _json(stored))
-    write_atomically(folder / IMAGES, _json(_preprocessor(trained)))
+    write_atomically(folder / CONFIG, as_json(stored))
+    write_atomically(folder / model_card.IMAGES, as_json(_preprocessor(trained)))
     results = _results(run)
     if results is not None:
-        write_atomically(folder / RESULTS, _json(results))
+        write_atomically(folder / RESULTS, as_json(results))
     card = model_card.model_card(
         trained, results=results, ledger=model_card.last_ledger(run), license_id=license_id
     )
@@ -254,12 +263,8 @@ def upload(folder: Path, repository: str, *, sizes: Mapping[str, int], private: 
         commit = api.upload_folder(
             repo_id=repository, folder_path=str(folder), allow_patterns=list(sizes)
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # those of the HTTP library, which differs by version, too
         raise UserError(
             f"--upload={repository}: {one_line(error)}; log in by hf auth login, and check the name"
         ) from error
     return f"hf:{repository}@{commit.oid}"
-
-
-def _json(contents: Mapping[str, Any]) -> str:
-    return json.dumps(contents, indent=2) + "\n"

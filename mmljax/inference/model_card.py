@@ -15,6 +15,9 @@ from mmljax.runs.writer import BEFORE_TRAINING, percent, read_metrics, score_key
 if TYPE_CHECKING:
     from mmljax.inference.embedder import TrainedEmbedder
 
+IMAGES = "preprocessor_config.json"
+"""The file that says how images become crops."""
+
 LAST = 100
 """Steps at the end of a run over which its ledger is averaged."""
 
@@ -157,14 +160,11 @@ def _use(trained: TrainedEmbedder) -> str:
             "vectors = embedder.embed(crops)  # of unit length",
             "```",
             "",
-            f"Crops are made as in `{_IMAGES}`: the short side resized to {data.resize_size} "
+            f"Crops are made as in `{IMAGES}`: the short side resized to {data.resize_size} "
             f"pixels ({data.resampling}, antialiased), then the central {size} x {size} pixels. "
             "`mmljax embed FOLDER --images PHOTOS` does this, `mmljax search` finds the nearest.",
         ]
     )
-
-
-_IMAGES = "preprocessor_config.json"
 
 
 def _license(trained: TrainedEmbedder, license_id: str) -> str:

@@ -24,13 +24,13 @@ from mmljax.inference.export import (
     ALONE,
     NEIGHBORS,
     TOLERANCE,
-    as_json,
     embed_crops,
     interface,
     run_alone,
 )
 from mmljax.inference.onnx_graph import OPSET, to_onnx
 from mmljax.inference.onnx_operators import OPERATORS
+from mmljax.text import as_json
 from mmljax.types import Split
 
 ARTEFACT, DESCRIPTION, RECEIPT = "embedder.onnx", "onnx.json", "onnx_receipt.json"

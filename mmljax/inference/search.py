@@ -37,8 +37,8 @@ PROVED = "proved"
 
 CHUNK = 32768  # gallery rows on the device at once
 _COMPARED = (
-    *("config", "step", "weights", "image_size", "resize_size", "resampling"),
-    "embedding_size",
+    *("config", "step", "weights", "embedding_size"),
+    *("image_size", "resize_size", "resampling"),
 )
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from mmljax.errors import UserError
 from mmljax.files import write_atomically
+from mmljax.text import as_json
 
 SESSIONS = "sessions.json"
 
@@ -87,7 +88,7 @@ class Sessions:
         seconds = round(time.monotonic() - self._started, 3)
         self._current |= {"last_step": step, "seconds": max(0.0, seconds)}
         if step > self._current["start_step"]:
-            write_atomically(self._path, json.dumps(self.all, indent=2) + "\n")
+            write_atomically(self._path, as_json(self.all))
 
 
 def read_sessions(workdir: Path) -> list[Session]:

@@ -22,7 +22,7 @@ from commands import run
 from mmljax.cli import demo as verb
 from mmljax.cli.command import parse
 from mmljax.errors import UserError
-from mmljax.inference import demo, demo_server, embedder
+from mmljax.inference import demo, demo_server
 from mmljax.inference.demo import open_gallery
 from mmljax.inference.threshold import FILE, FORMAT
 
@@ -33,9 +33,7 @@ pytest.importorskip("uvicorn", reason="pip install 'mmljax[demo]' brings uvicorn
 Image = pytest.importorskip("PIL.Image", reason="pip install 'mmljax[demo]' brings Pillow")
 
 
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch):
-    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def images_of(colour_run) -> Path:

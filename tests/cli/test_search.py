@@ -16,15 +16,12 @@ from commands import run
 from mmljax.config import ModelConfig
 from mmljax.data import load
 from mmljax.errors import UserError
-from mmljax.inference import embed, embedder, search
+from mmljax.inference import embed, search
 from mmljax.inference.embedding_file import FORMAT, embeddings_table, read_gallery
 from mmljax.inference.parquet_parts import METADATA, metadata
 from mmljax.retrieval.quantization import decode, quantize
 
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch):
-    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def write_gallery(path: Path, vectors: np.ndarray, labels: np.ndarray) -> Path:

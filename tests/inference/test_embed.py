@@ -18,13 +18,10 @@ import small_runs
 from commands import run, run_alone
 from mmljax.data import load
 from mmljax.errors import UserError
-from mmljax.inference import embed, embedder
+from mmljax.inference import embed
 from mmljax.inference.parquet_parts import metadata
 
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch):
-    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def vectors_of(path: Path) -> np.ndarray:

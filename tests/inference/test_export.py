@@ -21,12 +21,9 @@ from mmljax import files
 from mmljax.data import load
 from mmljax.errors import UserError
 from mmljax.files import acquire_lock
-from mmljax.inference import embedder, export
+from mmljax.inference import export
 
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch):
-    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -217,8 +218,6 @@ class Api:
 
     def create_repo(self, name: str, **options: Any) -> None:
         self.calls.append((name, options))
-        if name == "refused/name":
-            raise OSError("403 Forbidden")
 
     def upload_folder(self, **options: Any) -> Any:
         self.calls.append(("upload", options))
@@ -239,8 +238,13 @@ def test_upload(run_folder, tmp_path, monkeypatch, capsys):
     assert (name, options) == ("me/clothes", {"private": True, "exist_ok": True})
     assert sent["folder_path"] == str(tmp_path)
     assert set(sent["allow_patterns"]) == set(hub.FILES)
-    with pytest.raises(UserError, match=r"--upload=refused/name: 403 Forbidden; log in"):
-        hub.upload(tmp_path, "refused/name", sizes={}, private=False)
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    nowhere = functools.partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9", token="x")
+    monkeypatch.setattr(huggingface_hub, "HfApi", nowhere)
+    with pytest.raises(UserError, match=r"--upload=me/clothes: .*refused.*; log in by hf auth"):
+        hub.upload(tmp_path, "me/clothes", sizes={}, private=False)
 
 
 def test_an_address_is_fetched_at_its_commit(published, monkeypatch):

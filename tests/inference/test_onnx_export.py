@@ -41,9 +41,7 @@ from mmljax.inference.onnx_operators import OPERATORS  # noqa: E402
 CLIP = models_embedder.PIXEL_NORMS["clip"]
 
 
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch):
-    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.fixture(scope="module")

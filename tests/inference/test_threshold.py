@@ -12,14 +12,11 @@ import saved
 from commands import run
 from mmljax.data import load
 from mmljax.errors import UserError
-from mmljax.inference import embedder, search
+from mmljax.inference import search
 from mmljax.inference.embedding_file import Gallery
 from mmljax.inference.threshold import Images, read_report, threshold_report
 
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch):
-    monkeypatch.setattr(embedder, "load_embedder", saved.load_once)
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def share(pairs):
