@@ -230,7 +230,8 @@ def _digest(lowered: Any, name: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions.append(importlib.metadata.version("libtpu"))
     flags = (os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
-    text = "\n".join([name.partition(": ")[0], *versions, *flags, lowered.as_text()])
+    level = jax.config.read("jax_optimization_level")
+    text = "\n".join([name.partition(": ")[0], *versions, *flags, level, lowered.as_text()])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
