@@ -230,7 +230,7 @@ def _digest(lowered: Any, name: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions.append(importlib.metadata.version("libtpu"))
     flags = (os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
-    level = jax.config.read("jax_optimization_level")
+    level = jax.config.jax_optimization_level  # type: ignore[attr-defined]
     text = "\n".join([name.partition(": ")[0], *versions, *flags, level, lowered.as_text()])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
