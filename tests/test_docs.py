@@ -90,7 +90,7 @@ def photographs(folder: Path) -> None:
                 if parts[:2] == ["Img", "img"] and parts[-1].endswith(".jpg"):
                     path = folder / "-".join(parts[2:-1]) / parts[-1]
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    if len(list(path.parent.iterdir())) < 12:
+                    if len(list(path.parent.iterdir())) < 6:
                         path.write_bytes(archive.read(name))
         return
     from mmljax.data.synthetic.dataset import write_synthetic
@@ -106,11 +106,11 @@ def commands(marker: str) -> list[str]:
     text = (DOCS / "tutorial.md").read_text()
     blocks = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)```", text, re.S)
     warmup = {
-        "tutorial": '\n    config.optimizer.warmup = "10 steps"',  # in the config file
-        "five": ' --config.optimizer.warmup="10 steps"',
+        "tutorial": '\n    config.optimizer.warmup = "5 steps"',  # in the config file
+        "five": ' --config.optimizer.warmup="5 steps"',
     }
     assert '"100 steps"' in blocks[0]
-    return [block.replace('"100 steps"', f'"30 steps"{warmup[marker]}') for block in blocks]
+    return [block.replace('"100 steps"', f'"15 steps"{warmup[marker]}') for block in blocks]
 
 
 def run_block(block: str, folder: Path) -> str:
@@ -181,6 +181,9 @@ def test_files_for_indexes_and_services_agree_with_the_package() -> None:
     package = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((root / "CITATION.cff").read_text())
     assert citation["license"] == package["license"]
+    assert citation["version"] == package["version"]
+    latest = f"## {package['version']} ({citation['date-released']})"
+    assert latest in (root / "CHANGELOG.md").read_text().splitlines()
     assert citation["preferred-citation"]["title"] in (root / "README.md").read_text()
     workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())
     steps = workflow["jobs"]["ci"]["steps"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -38,7 +38,7 @@ from mmljax.runs.recorder import SKIPPED, Recorder
 from mmljax.runs.workdir import claimed
 from mmljax.text import text_table
 from mmljax.training import checkpoints, optim
-from mmljax.training.batches import make_batches
+from mmljax.training.batches import BatchSource, make_batches
 from mmljax.training.checks import check_disk
 from mmljax.training.preemption import Preemption
 from mmljax.training.proxies import init_proxies
@@ -90,11 +90,24 @@ def train(
         return _train(config, files, dataset)
 
 
-def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> dict[str, Any]:
-    workdir = files.local
-    started = time.monotonic()
+class _Run(NamedTuple):
+    """What a config names."""
 
-    # Everything that the config names is built first, so that a mistake shows before any work.
+    config: Config
+    files: remote.RunFiles
+    dataset: Dataset
+    mesh: Mesh
+    trainer: Trainer
+    evaluate_every: int
+    save_every: int
+    source: BatchSource
+    score: Callable[..., Retrieval]
+    protocol: dict[str, Any]
+    profiler: Profiler
+
+
+def _build(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> _Run:
+    """Build everything that the config names, so that a mistake shows before any work."""
     mesh = make_mesh()
     dataset = load.with_distractors(dataset or load.load_dataset(config), config)
     load.check_batches(dataset, config)
@@ -109,13 +122,26 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         mesh=mesh,
         pretrained=not checkpoints.is_in(files.checkpoints),  # else a checkpoint has them
     )
-    total = trainer.total_steps
-    evaluate_every = trainer.in_steps(config.evaluation.every, key="config.evaluation.every")
-    save_every = trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every")
-    source = make_batches(config, dataset, trainer, mesh)
-    score = make_score(config, dataset, trainer, mesh)
-    protocol = records.evaluation_protocol(dataset, config)
-    profiler = Profiler(workdir / "profile", profiled_steps(config.log.profile, total=total))
+    steps = profiled_steps(config.log.profile, total=trainer.total_steps)
+    return _Run(
+        config,
+        files,
+        dataset,
+        mesh,
+        trainer,
+        evaluate_every=trainer.in_steps(config.evaluation.every, key="config.evaluation.every"),
+        save_every=trainer.in_steps(config.checkpoint.every, key="config.checkpoint.every"),
+        source=make_batches(config, dataset, trainer, mesh),
+        score=make_score(config, dataset, trainer, mesh),
+        protocol=records.evaluation_protocol(dataset, config),
+        profiler=Profiler(files.local / "profile", steps),
+    )
+
+
+def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> dict[str, Any]:
+    started = time.monotonic()
+    run = _build(config, files, dataset)
+    dataset, workdir, total = run.dataset, files.local, run.trainer.total_steps
 
     with ExitStack() as stack:  # however the run ends, pending saves are finished
         stack.enter_context(claimed(workdir, config, dataset_fingerprint(dataset)))
@@ -130,14 +156,7 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
             best_by=f"recall@{min(config.evaluation.recall_at)}",
         )
         stack.callback(saved.close)
-        state, first = _restore(saved, trainer)
-        if first == 0 and not files.remote:
-            room = check_disk(workdir, state, kept=config.checkpoint)
-            if room.failed:
-                raise UserError(f"disk: {room.text}")
-        _describe(config, dataset, trainer, state, first=first)
-        if first == 0:
-            state = init_proxies(state, config, dataset, trainer, mesh)
+        state, first = _restore_or_start(run, saved)
         reporter = writer.Reporter(
             workdir,
             start_step=first,
@@ -149,54 +168,14 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         )
         stack.callback(reporter.close)
         if first == 0 and config.evaluation.untrained:
-            reporter.evaluation(0, score(state).summary())
+            reporter.evaluation(0, run.score(state).summary())
             if config.model.pretrained:
-                reporter.pretrained(score(state, embed=make_embed_pooled).summary())
-
-        # The loop. The order matters: the rows of steps 1 to s are written before the checkpoint
-        # of s, so that a run which resumes from it has them all.
-        recorder = Recorder(
-            reporter,
-            trainer.schedules,
-            input_wait_warning=config.log.input_wait_warning,
-            skipped=source.skipped if config.data.corrupt == "skip" else None,
-        )
-        stack.callback(recorder.close)
-        stack.callback(profiler.close)
-        for step in range(first + 1, total + 1):
-            if step - 1 == first or source.begins(step - 1):
-                state, batches = source.part(state, step - 1)
-                recorder.restart_clock(compiles=step - 1 == source.small_crops)
-            with profiler.step(step):
-                batch = recorder.next_batch(batches)
-                state, scalars = trainer.step(state, batch)
-            profiler.stop_after(step, scalars)
-            recorder.add(step, scalars)
-            evaluates = step == total or _due(step, evaluate_every)
-            stops = preemption.requested(step) and step < total
-            saves = evaluates or stops or _due(step, save_every)
-            if saves or _due(step, config.log.every):
-                recorder.flush()
-            scores = None
-            if evaluates:
-                result = score(state)
-                scores = result.summary()
-                reporter.evaluation(step, scores)
-                if is_main_process():
-                    found = records.make_records(protocol, step, dataset, result)
-                    records.write_records(workdir, found)
-            if saves:
-                files.push()
-                saved.save(state, step=step, metrics=scores)
-                recorder.restart_clock()
-            if stops:
-                text = f"stopped by a signal; saved at step {step} of {total}"
-                raise Preempted(text, exit_code=preemption.exit_code)
-
+                reporter.pretrained(run.score(state, embed=make_embed_pooled).summary())
+        state = _steps(run, state, first, reporter, saved, preemption)
         finished = writer.read_results(workdir) if first == total else None
         known = finished is not None or total in reporter.evaluations
         if not agree(known or not is_main_process()):  # metrics.jsonl was moved away since
-            reporter.evaluation(total, score(state).summary())
+            reporter.evaluation(total, run.score(state).summary())
 
     sync("finish")
     if not is_main_process():
@@ -206,10 +185,76 @@ def _train(config: Config, files: remote.RunFiles, dataset: Dataset | None) -> d
         scores=reporter.evaluations[total],
         config=to_dict(config),
         sessions=reporter.sessions,
-        extra={"protocol": protocol, **reporter.before_training, **_skipped(config, workdir)},
+        extra={"protocol": run.protocol, **reporter.before_training, **_skipped(config, workdir)},
     )
     _report(config, files, saved.directory, dataset, results)
     return results
+
+
+def _restore_or_start(run: _Run, saved: checkpoints.Checkpoints) -> tuple[TrainState, int]:
+    """The state of the last checkpoint and its step, or that of the start and 0."""
+    state, first = _restore(saved, run.trainer)
+    if first == 0 and not run.files.remote:
+        room = check_disk(run.files.local, state, kept=run.config.checkpoint)
+        if room.failed:
+            raise UserError(f"disk: {room.text}")
+    _describe(run.config, run.dataset, run.trainer, state, first=first)
+    if first == 0:
+        state = init_proxies(state, run.config, run.dataset, run.trainer, run.mesh)
+    return state, first
+
+
+def _steps(
+    run: _Run,
+    state: TrainState,
+    first: int,
+    reporter: writer.Reporter,
+    saved: checkpoints.Checkpoints,
+    preemption: Preemption,
+) -> TrainState:
+    """Train from step ``first`` to the last, with evaluations and checkpoints.
+
+    The order matters: the rows of steps 1 to s are written before the checkpoint of s, so that a
+    run which resumes from it has them all.
+    """
+    config, source, total = run.config, run.source, run.trainer.total_steps
+    recorder = Recorder(
+        reporter,
+        run.trainer.schedules,
+        input_wait_warning=config.log.input_wait_warning,
+        skipped=source.skipped if config.data.corrupt == "skip" else None,
+    )
+    with closing(recorder), closing(run.profiler) as profiler:
+        for step in range(first + 1, total + 1):
+            if step - 1 == first or source.begins(step - 1):
+                state, batches = source.part(state, step - 1)
+                recorder.restart_clock(compiles=step - 1 == source.small_crops)
+            with profiler.step(step):
+                batch = recorder.next_batch(batches)
+                state, scalars = run.trainer.step(state, batch)
+            profiler.stop_after(step, scalars)
+            recorder.add(step, scalars)
+            evaluates = step == total or _due(step, run.evaluate_every)
+            stops = preemption.requested(step) and step < total
+            saves = evaluates or stops or _due(step, run.save_every)
+            if saves or _due(step, config.log.every):
+                recorder.flush()
+            scores = None
+            if evaluates:
+                result = run.score(state)
+                scores = result.summary()
+                reporter.evaluation(step, scores)
+                if is_main_process():
+                    found = records.make_records(run.protocol, step, run.dataset, result)
+                    records.write_records(run.files.local, found)
+            if saves:
+                run.files.push()
+                saved.save(state, step=step, metrics=scores)
+                recorder.restart_clock()
+            if stops:
+                text = f"stopped by a signal; saved at step {step} of {total}"
+                raise Preempted(text, exit_code=preemption.exit_code)
+    return state
 
 
 def make_score(
