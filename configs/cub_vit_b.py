@@ -11,9 +11,9 @@ and have not been tuned; ``mmljax interpolate RUN`` shows whether fine-tuning we
 
 Published, not by this project: Recall@1 of 89.2 without fine-tuning for Unicom's ViT-L/14 at 336 px
 (arXiv 2304.05884). None is known for this network. Ours: not yet measured. Hardware: a TPU v5e with
-8 chips, of which the step takes 4.1 of 16 GiB each (compiled with libtpu 0.0.52 at level O1,
-2026-11-28). Its 916 steps take at least 16 s and 0.04 chip-hours by the arithmetic, up to four
-times as much is to be expected (``docs/tpu_plans.md``).
+8 chips, of which the step takes 4.1 of 16 GiB each (``mmljax plan --topology v5e:2x4``,
+2026-11-28). Its 916 steps take at least 16 s and 0.04 chip-hours by the bounds, up to four times
+as much is to be expected (``docs/tpu_plans.md``).
 """
 
 from ml_collections import ConfigDict

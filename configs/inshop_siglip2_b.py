@@ -12,9 +12,9 @@ duration are this project's choice; they have not been tuned.
 
 Published for In-Shop from other weights of this size, not by this project: Recall@1 of 95.5 for
 Unicom's ViT-B/16 (An et al. 2023, arXiv 2304.05884). None is known for SigLIP 2. Ours: not yet
-measured. Hardware: a TPU v5e with 8 chips, of which the step takes 4.9 of 16 GiB each (compiled
-with libtpu 0.0.52 at level O1, 2026-11-28). Its 2,022 steps take at least 53 s and 0.12 chip-hours
-by the arithmetic, up to four times as much is to be expected (``docs/tpu_plans.md``).
+measured. Hardware: a TPU v5e with 8 chips, of which the step takes 5.0 of 16 GiB each (``mmljax
+plan --topology v5e:2x4``, 2026-11-28). Its 2,022 steps take at least 53 s and 0.12 chip-hours
+by the bounds, up to four times as much is to be expected (``docs/tpu_plans.md``).
 """
 
 from ml_collections import ConfigDict

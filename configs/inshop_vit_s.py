@@ -13,9 +13,9 @@ project's.
 Published for ViT-S/16 and 384 dimensions, not by this project: Recall@1, 10, 20 of 92.5, 98.6, 99.0
 from DINO and 92.8, 98.4, 99.0 from ImageNet-21k (HIER); 92.4, 98.4, 98.9 from DINO (Hyp-ViT).
 Ours: not yet measured.
-Hardware: a TPU v5e with 8 chips, of which the step takes 1.3 of 16 GiB each (libtpu 0.0.52,
-2026-11-28); its 8,088 steps take at least 28 s and 0.06 chip-hours by the bounds, up to four times
-as much is to be expected (``docs/tpu_plans.md``).
+Hardware: a TPU v5e with 8 chips, of which the step takes 1.3 of 16 GiB each (``mmljax plan
+--topology v5e:2x4``, 2026-11-28); its 8,088 steps take at least 28 s and 0.06 chip-hours by the
+bounds, up to four times as much is to be expected (``docs/tpu_plans.md``).
 """
 
 from ml_collections import ConfigDict

@@ -8,9 +8,9 @@ The weights are a release of Unicom's authors (An et al., ICLR 2023, arXiv 2304.
 objectives are this project's, and have not been tuned.
 
 Published, not by this project: Recall@1 of 88.8 (Unicom, this network). Ours: not yet measured.
-Hardware: a TPU v5e with 8 chips, of which the step takes 5.9 of 16 GiB each (compiled with libtpu
-0.0.52 at level O1, 2026-11-28). Its 4,652 steps take at least 134 s and 0.30 chip-hours by the
-arithmetic, up to four times as much is to be expected (``docs/tpu_plans.md``). The encoded images
+Hardware: a TPU v5e with 8 chips, of which the step takes 5.9 of 16 GiB each (``mmljax plan
+--topology v5e:2x4``, 2026-11-28). Its 4,652 steps take at least 134 s and 0.30 chip-hours by the
+bounds, up to four times as much is to be expected (``docs/tpu_plans.md``). The encoded images
 take 3 GB of host memory on each host.
 """
 
