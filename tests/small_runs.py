@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PIXELS = 12
@@ -34,6 +36,19 @@ def write_images(path: Path, *, train_items: int = 12, test_items: int = 8) -> P
             split.append("train" if item < train_items else test)
     np.savez(path, images=np.array(images), labels=np.array(labels, np.int32), split=split)
     return path
+
+
+def write_dishes(folder: Path, *, train: int, test: int) -> Path:
+    """Write the shared photographs of some dishes in class folders; skip the test without them."""
+    archive = ROOT.parent / "shared" / "data" / "foods" / "foods.zip"
+    if not archive.exists():
+        pytest.skip(f"needs {archive}")
+    with zipfile.ZipFile(archive) as file:
+        for split, items in {"train": train, "test": test}.items():
+            names = [n for n in file.namelist() if n.startswith(split) and n.endswith(".jpg")]
+            kept = sorted({name.split("/")[1] for name in names})[:items]
+            file.extractall(folder, [name for name in names if name.split("/")[1] in kept])
+    return folder
 
 
 def write_config(path: Path, images: Path, **changes: Any) -> Path:

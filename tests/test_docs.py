@@ -154,15 +154,7 @@ def test_the_ten_commands_of_the_tutorial(tmp_path):
 def test_five_commands_from_photographs_of_dishes_to_files_for_other_programs(tmp_path):
     for package in ("onnx", "onnxruntime"):
         pytest.importorskip(package, reason="needs pip install 'mmljax[onnx]'")
-    archive = small_runs.ROOT.parent / "shared" / "data" / "foods" / "foods.zip"
-    if not archive.exists():
-        pytest.skip(f"needs {archive}")
-    with zipfile.ZipFile(archive) as file:
-        for split, items in {"train": 80, "test": 40}.items():
-            names = [n for n in file.namelist() if n.startswith(split) and n.endswith(".jpg")]
-            kept = sorted({name.split("/")[1] for name in names})[:items]
-            chosen = [name for name in names if name.split("/")[1] in kept]
-            file.extractall(tmp_path / "photos", chosen)
+    small_runs.write_dishes(tmp_path / "photos", train=80, test=40)
     (block,) = commands("five")
     printed = run_block(block, tmp_path)
     results = small_runs.results(tmp_path / "runs" / "photos")

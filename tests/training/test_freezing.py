@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -218,16 +217,7 @@ def test_a_trained_run_is_loaded_merged_and_saved(
 @pytest.fixture
 def foods(tmp_path: Path) -> Path:
     """Some of the shared photographs of dishes, 12 to train and 6 to search, in class folders."""
-    archive = small_runs.ROOT.parent / "shared" / "data" / "foods" / "foods.zip"
-    if not archive.exists():
-        pytest.skip(f"needs {archive}")
-    folder = tmp_path / "foods"
-    with zipfile.ZipFile(archive) as file:
-        for split, items in {"train": 12, "test": 6}.items():
-            names = [n for n in file.namelist() if n.startswith(split) and n.endswith(".jpg")]
-            kept = sorted({name.split("/")[1] for name in names})[:items]
-            file.extractall(folder, [name for name in names if name.split("/")[1] in kept])
-    return folder
+    return small_runs.write_dishes(tmp_path / "foods", train=12, test=6)
 
 
 @pytest.mark.slow
