@@ -35,7 +35,7 @@ from mmljax.text import nearest, one_line, printable
 
 VERBS = (
     *("train", "doctor", "plan", "evaluate", "features", "sweep", "interpolate", "embed", "search"),
-    *("threshold", "demo", "export", "compare", "page", "atlas", "prepare"),
+    *("threshold", "demo", "export", "inspect", "compare", "page", "atlas", "prepare"),
 )
 
 _LONGEST_WORD = 240  # characters of a path in an error

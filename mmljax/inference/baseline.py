@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from mmljax.config import Config, to_dict
 from mmljax.data import load
@@ -32,14 +34,31 @@ def score_pretrained(config: Config, *, dataset: Dataset | None = None) -> dict[
     Raises:
       UserError: if the config names no pretrained weights, or they or the data cannot be used.
     """
-    if not config.model.pretrained:
-        raise UserError(
-            "--config.model.pretrained='' starts from random weights, whose features say nothing; "
-            "name pretrained ones, or train"
-        )
+    check_pretrained(config)
     mesh = make_mesh()
     dataset = load.with_distractors(dataset or load.load_dataset(config), config)
     check_evaluation(dataset, config)
+    embed = make_pretrained_embed(config, dataset, mesh)
+    result = score_dataset(embed, dataset, config, mesh)
+    protocol = records.evaluation_protocol(dataset, config)
+    return {"scores": result.summary(), "config": to_dict(config), "protocol": protocol}
+
+
+def check_pretrained(config: Config) -> None:
+    """Check that a config names pretrained weights.
+
+    Raises:
+      UserError: if it names none.
+    """
+    if not config.model.pretrained:
+        raise UserError(
+            "--config.model.pretrained='' starts from random weights, whose features say nothing; "
+            "name pretrained ones"
+        )
+
+
+def make_pretrained_embed(config: Config, dataset: Dataset, mesh: Mesh) -> Callable[[Any], Any]:
+    """From crops to the pooled features of a config's pretrained backbone, on all devices."""
     graphdef, *weights = make_model(
         config.model,
         seed=config.seed,
@@ -48,7 +67,4 @@ def score_pretrained(config: Config, *, dataset: Dataset | None = None) -> dict[
         features=load.feature_size(dataset),
     )
     weights = spread(weights, jax.tree.map(lambda _: replicated(mesh), weights))
-    embed = partial(make_embed_pooled(graphdef), *weights)
-    result = score_dataset(embed, dataset, config, mesh)
-    protocol = records.evaluation_protocol(dataset, config)
-    return {"scores": result.summary(), "config": to_dict(config), "protocol": protocol}
+    return partial(make_embed_pooled(graphdef), *weights)

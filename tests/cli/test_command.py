@@ -98,6 +98,7 @@ WORDS = {  # valid arguments of each verb
     "embed": ["RUN", "--split=query", "--output=x"],
     "search": ["RUN", "--split=query", "--embeddings=x"],
     "demo": ["RUN", "--gallery=x"],
+    "inspect": ["photos", "--output=x"],
     "export": ["RUN", "--output=x"],
     "compare": ["RUN_A", "RUN_B"],
     "prepare": ["MANUAL_DIR", "DATA_DIR"],
@@ -133,9 +134,10 @@ def test_an_error_is_one_line_and_an_exit_code(verb, error, code, line, monkeypa
     [
         *(
             (verb, "--output")
-            for verb in ("atlas", "embed", "export", "features", "page", "search", "threshold")
+            for verb in ("atlas", "embed", "export", "features", "inspect", "page", "search")
         ),
         ("interpolate", "--output"),
+        ("threshold", "--output"),
         ("search", "--embeddings"),
         ("plan", "--cache"),
     ],

@@ -171,6 +171,8 @@ COMMANDS = {  # the command, and what its line names
     "output_in_file": ("embed {saved} --split=query --output {tmp}/bad/x", "--output"),
     "output_foreign": ("embed {saved} --split=query --output {tmp}/bad", "exists already"),
     "export_file": ("export {saved} --output {tmp}/bad", "--output"),
+    "inspect_file": ("inspect {tmp}/bad --output {tmp}/new", "bad"),
+    "inspect_long": ("inspect {long} --output {tmp}/new", "folder 'aaa"),
     "export_long": ("export {saved} --output {long}", "--output"),
     "records": ("compare {tmp}/run {tmp}/run", "run"),
     "embeddings": ("search {tmp}/run --embeddings {tmp}/bad --images {tmp}/1.jpg", "bad"),
