@@ -44,6 +44,7 @@ class Task(NamedTuple):
 TASKS = {
     "inshop": Task(queries=14_218, gallery=12_612, classes=3_985, k=50),
     "sop": Task(queries=60_502, gallery=None, classes=11_316, k=100),
+    "million": Task(queries=512, gallery=1_000_000, classes=200_000, k=100),
     "small": Task(queries=1_000, gallery=1_500, classes=300, k=10),
 }
 
@@ -65,8 +66,11 @@ def make_data(task: Task, size: int) -> Data:
 
     def embed(rows: int) -> tuple[np.ndarray, np.ndarray]:
         labels = random.integers(0, task.classes, rows).astype(np.int32)
-        x = centers[labels] + 1.5 * random.standard_normal((rows, size), dtype=np.float32)
-        return x / np.linalg.norm(x, axis=1, keepdims=True), labels
+        x = random.standard_normal((rows, size), dtype=np.float32)
+        x *= 1.5  # in place, for the memory of a million rows
+        x += centers[labels]
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        return x, labels
 
     queries, query_labels = embed(task.queries)
     if task.gallery is None:
