@@ -475,6 +475,22 @@ def test_at_a_scale_pixels_are_about_those_of_the_whole_image(shape):
         assert difference.mean() <= 0.5
 
 
+@pytest.mark.parametrize("kernel", ["triangle", "keyscubic"])
+@pytest.mark.parametrize("shape", [(40, 50), (25, 60), (60, 25), (20, 20)])
+def test_two_passes_over_rows_give_the_bits_of_one_over_both_axes(shape, kernel):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    sides, size = np.array(shape) * 2 - 7, [24, 30]
+    factor = np.float32(np.array(size) * 2 / sides)
+    found = transforms._resize_antialiased(
+        tf.constant(image), factor, -0.5 * factor, size=size, kernel=kernel
+    )
+    whole = tf.raw_ops.ScaleAndTranslate(
+        images=image[None], size=size, scale=factor, translation=-0.5 * factor, kernel_type=kernel
+    )
+    assert found.shape == (24, 30, 3)
+    np.testing.assert_array_equal(found, whole[0])
+
+
 @pytest.mark.parametrize("size", [32, 100, 600])
 @pytest.mark.parametrize("lost", [2, 1000])
 def test_a_jpeg_without_its_end_is_refused_at_every_scale(size, lost):
