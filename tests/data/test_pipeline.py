@@ -198,11 +198,12 @@ def test_crop_and_flip_at_whole_pixels(encode):
 
 
 def _windows(height, width, table, scale, ratio):
-    window = functools.partial(
-        transforms._random_window, tf.constant(height), tf.constant(width), scale=scale, ratio=ratio
-    )
-    draw = tf.function(lambda t: tf.map_fn(window, t, fn_output_signature=tf.int32))
-    return draw(tf.constant(table)).numpy()
+    crop = transforms.RandomCrop(24, scale, ratio, False, "bilinear")
+    encoded = tf.io.encode_jpeg(np.zeros((height, width, 3), np.uint8))
+    headers = [transforms.header(encoded, row, crop=crop, plain=True) for row in table]
+    ratios = tf.stack([header.ratios for header in headers])
+    shapes = tf.repeat([[height, width]], len(table), axis=0)
+    return transforms._random_windows(shapes, ratios, table, scale=scale, ratio=ratio).numpy()
 
 
 def _slow_window(height, width, numbers, scale, ratio):
