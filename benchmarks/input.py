@@ -3,6 +3,7 @@
     python -m benchmarks.input                                # generated JPEGs of 256 px
     python -m benchmarks.input --images data/grocery/Img      # and all the images below a folder
     python -m benchmarks.input --side 2000 --count 100        # JPEGs of the size of photographs
+    python -m benchmarks.input --parts                        # decoding alone, one thread
 
 Both sides read the same files with the same settings (area 0.16 to 1, width over height 3/4 to
 4/3, half of them mirrored, bilinear with antialiasing, 224 px, uint8) and as many threads or
@@ -10,12 +11,15 @@ worker processes. They take turns within one process. Each rate is the median of
 ratio is that of the medians. Each input is started before its first turn and idles between turns;
 the batches that it made ahead meanwhile are not counted. All files were read before, so that the
 disk plays no part. The torch side decodes and crops with Pillow at full size, as torchvision's
-loader does. Needs the extra ``peers``.
+loader does. Other work on the machine slows one process with two threads and three processes
+differently, so the CPU time of an image, with that of worker processes, is compared too. Needs the
+extra ``peers``.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import os
@@ -23,7 +27,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,36 +133,93 @@ def torch_batches(split: Split, config: DataConfig) -> Iterator[Any]:
     return iter(loader)
 
 
-def rate(batches: Iterator[Any], *, ahead: int, batch_size: int, seconds: float) -> float:
-    """Images per second of an input that was idle; its ``ahead`` ready batches do not count."""
+def cpu_seconds() -> float:
+    """CPU time of this process and of its worker processes so far."""
+    total = time.process_time()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(fields[1]) == os.getpid():
+            total += sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def rate(
+    batches: Iterator[Any], *, ahead: int, batch_size: int, seconds: float
+) -> tuple[float, float]:
+    """Images per second, and per second of CPU time, of an input that was idle.
+
+    Its ``ahead`` ready batches do not count.
+    """
     for _ in itertools.islice(batches, ahead):
         pass
-    begin, count = time.perf_counter(), 0
+    begin, cpu, count = time.perf_counter(), cpu_seconds(), 0
     while (took := time.perf_counter() - begin) < seconds or not count:
         next(batches)
         count += 1
-    return count * batch_size / took
+    return count * batch_size / took, count * batch_size / (cpu_seconds() - cpu)
 
 
 def compare(split: Split, config: DataConfig, *, repeats: int, seconds: float) -> str:
-    """A row of the table: images per second of both, and the ratio."""
+    """A row of the table: images per second of both, the ratio, and that of CPU time."""
     size = config.batch_size
     sides = {
         "ours": (our_batches(split, config), config.prefetch + 2),
         "torch": (torch_batches(split, config), 2 * config.threads + 1),
     }
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for batches, _ in sides.values():
         next(batches)
     for _ in range(repeats):
         for name, (batches, ahead) in sides.items():
             time.sleep(0.5)  # time to make the batches ahead that are not counted
             rates[name].append(rate(batches, ahead=ahead, batch_size=size, seconds=seconds))
-    ours, torch = (statistics.median(rates[name]) for name in sides)
-    turns = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]
+    ours, torch = (np.median(rates[name], axis=0) for name in sides)
+    turns = np.divide(rates["ours"], rates["torch"])[:, 0]
     return (
-        f"{ours:8.0f} | {torch:8.0f} | {ours / torch:5.2f} | {min(turns):.2f} to {max(turns):.2f}"
+        f"{ours[0]:8.0f} | {torch[0]:8.0f} | {ours[0] / torch[0]:5.2f} | "
+        f"{turns.min():.2f} to {turns.max():.2f} | {ours[1] / torch[1]:5.2f}"
     )
+
+
+def compare_parts(split: Split, config: DataConfig, *, repeats: int) -> str:
+    """A table of the CPU time of an image in one thread: decoding alone, and all of it."""
+    import tensorflow as tf
+    from PIL import Image
+
+    for pool in (
+        tf.config.threading.set_intra_op_parallelism_threads,
+        tf.config.threading.set_inter_op_parallelism_threads,
+    ):
+        pool(1)
+    config = dataclasses.replace(config, threads=1, prefetch=1)
+    ours, images = our_batches(split, config), PillowImages(split.images.tolist(), config)
+    order, size = itertools.cycle(range(len(images))), config.batch_size
+
+    def decode(path: tf.Tensor) -> tf.Tensor:
+        return tf.io.decode_jpeg(tf.io.read_file(path), 3, dct_method="INTEGER_ACCURATE")[0, 0]
+
+    paths = tf.data.Dataset.from_tensor_slices(split.images.tolist()).repeat()
+    decoded = iter(paths.map(decode).batch(size))
+    work: dict[str, Callable[[], Any]] = {
+        "TensorFlow decodes": lambda: next(decoded),
+        "Pillow decodes": lambda: [
+            Image.open(split.images[next(order)]).convert("RGB") for _ in range(size)
+        ],
+        "mmljax, all": lambda: next(ours),
+        "Pillow, all, no DataLoader": lambda: [images[next(order)] for _ in range(size)],
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats + 1):
+        for name, call in work.items():
+            begin = time.process_time()
+            call()
+            time.sleep(2.0)  # tf.data and mmljax make a batch ahead for the one that was taken
+            times[name].append((time.process_time() - begin) / size * 1e6)
+    rows = (f"| {name} | {statistics.median(took[1:]):.0f} |" for name, took in times.items())
+    return "\n".join(["| part | us of CPU time per image |", "|---|---|", *rows])
 
 
 def main() -> None:
@@ -167,6 +228,7 @@ def main() -> None:
     parser.add_argument("--images", help="folder of JPEGs to time too")
     parser.add_argument("--side", type=int, default=256, help="of the generated images, pixels")
     parser.add_argument("--count", type=int, default=2_000, help="of the generated images")
+    parser.add_argument("--parts", action="store_true", help="time one thread's parts instead")
     parser.add_argument("--threads", type=int, default=2, help="and worker processes of torch")
     parser.add_argument("--batch-size", type=int, default=180)
     parser.add_argument("--repeats", type=int, default=7)
@@ -174,13 +236,19 @@ def main() -> None:
     options = parser.parse_args()
     config = settings(options.threads, options.batch_size)
     print(f"{describe()}; {options.threads} threads, batches of {options.batch_size}")
-    print("| images | bytes each | ours, images/s | torch, images/s | ratio | of the turns |")
-    print("|---|---|---|---|---|---|")
+    if not options.parts:
+        print(
+            "| images | bytes each | ours, images/s | torch, images/s | ratio | of the turns | "
+            "of CPU time |\n|---|---|---|---|---|---|---|"
+        )
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder), count=options.count, side=options.side)
         for path in filter(None, (folder, options.images)):
             split = list_images([path], flag="--images")
             split = split._replace(labels=np.arange(len(split.labels), dtype=np.int32))
+            if options.parts:
+                print(compare_parts(split, config, repeats=options.repeats))
+                continue
             size = statistics.mean(len(Path(image).read_bytes()) for image in split.images)
             row = compare(split, config, repeats=options.repeats, seconds=options.seconds)
             what = f"generated, {options.side} px" if path == folder else os.path.basename(path)

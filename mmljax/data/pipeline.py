@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 _BUDGET = PixelBudget(2**27)  # at most 0.8 GB: 6 bytes a pixel, decoded and cropped
 _NEEDS_PILLOW = tf.function(needs_pillow, autograph=False)
 _STATED_SHAPE = tf.function(stated_shape, autograph=False)
+_PLANNED = 16  # images whose windows are chosen at once; as many files are in memory
 _BATCHES = 2  # made at a time, so that no thread idles while a batch waits for its last image
 
 _Others = Callable[[int], Int[np.ndarray, " m"]]  # candidates to replace an image
@@ -233,27 +234,15 @@ def evaluation_crop(split: Split, row: int, config: DataConfig) -> UInt8[np.ndar
     return _decode_one(split, row, numbers, crop=_crop(config, random=False))
 
 
-class _Crop(NamedTuple):
-    """A crop of ``transforms``; equal ones share their graphs."""
-
-    image_size: int
-    resize_size: int
-    resampling: str
-    random: tuple[tuple[float, float], tuple[float, float], bool] | None  # scale, ratio, flip
-
-    def __call__(self, contents: tf.Tensor, numbers: tf.Tensor, **options: Any) -> tf.Tensor:
-        options |= {"image_size": self.image_size, "resampling": self.resampling}
-        if self.random is None:
-            return transforms.center_crop(contents, resize_size=self.resize_size, **options)
-        scale, ratio, flip = self.random
-        return transforms.random_crop(
-            contents, numbers, scale=scale, ratio=ratio, flip=flip, **options
-        )
+_Crop = transforms.RandomCrop | transforms.CenterCrop
 
 
 def _crop(config: DataConfig, *, random: bool) -> _Crop:
-    drawn = (config.crop_scale, config.crop_ratio, config.flip) if random else None
-    return _Crop(config.image_size, config.resize_size, config.resampling, drawn)
+    if not random:
+        return transforms.CenterCrop(config.image_size, config.resize_size, config.resampling)
+    return transforms.RandomCrop(
+        config.image_size, config.crop_scale, config.crop_ratio, config.flip, config.resampling
+    )
 
 
 def _rows(split: Split, indices: Int[np.ndarray, " r"], numbers: np.ndarray) -> _Rows:
@@ -332,16 +321,17 @@ def _decoder(
     )
 
     def decode(rows: _Rows) -> tuple[Int[np.ndarray, " m"], np.ndarray]:
-        decoded, images = (tensor.numpy()[1:] for tensor in plain(rows))
+        padding, wanted = np.flatnonzero(rows.indices < 0), np.flatnonzero(rows.indices >= 0)
+        decoded, images = (tensor.numpy()[1:] for tensor in plain(rows, wanted))
         if len(decoded) == len(rows.indices):
             return decoded, images
-        indices = rows.indices.copy()
-        indices[decoded] = -1  # not read again
-        more, others = (tensor.numpy()[1:] for tensor in general(rows._replace(indices=indices)))
-        new = indices[more] >= 0
-        decoded = np.concatenate([decoded, more[new]])
+        more, others = (
+            tensor.numpy()[1:] for tensor in general(rows, np.setdiff1d(wanted, decoded))
+        )
+        black = np.zeros((len(padding), *images.shape[1:]), np.uint8)
+        decoded = np.concatenate([decoded, more, padding])
         order = np.argsort(decoded)
-        return decoded[order], np.concatenate([images, others[new]])[order]
+        return decoded[order], np.concatenate([images, others, black])[order]
 
     return decode
 
@@ -349,34 +339,43 @@ def _decoder(
 @functools.lru_cache(maxsize=32)  # a graph takes about a second to make
 def _graph(
     crop: _Crop, *, read: Callable[[tf.Tensor], tf.Tensor], threads: int, share: int, plain: bool
-) -> Callable[[_Rows], tuple[tf.Tensor, tf.Tensor]]:
-    """A function from rows to those that ``crop`` decoded, ``[1 + m]``, and their images.
+) -> Callable[[_Rows, Int[np.ndarray, " w"]], tuple[tf.Tensor, tf.Tensor]]:
+    """A function from rows, and which are wanted, to those decoded, ``[1 + m]``, and their images.
 
     Both begin with an entry that is none of the rows, so that they are never empty.
 
     tf.data runs within one graph, traced once, and calls no Python: an iterator over a Python
     generator can block the interpreter's exit when it is not exhausted.
     """
-    shape = [crop.image_size, crop.image_size, 3]
-    nothing = np.int64(-1), np.zeros(shape, np.uint8)
+    nothing = np.int64(-1), np.zeros([crop.image_size, crop.image_size, 3], np.uint8)
 
-    def load(row: tf.Tensor, rows: _Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        image = tf.cond(
-            rows.indices >= 0,
-            lambda: crop(read(rows.contents), rows.numbers, decoded_pixels=share, plain=plain),
-            lambda: tf.zeros(shape, tf.uint8),
-        )
-        return row, tf.ensure_shape(image, shape)
+    def head(row: tf.Tensor, contents: tf.Tensor, numbers: tf.Tensor) -> Any:
+        contents = read(contents)
+        header = transforms.header(contents, numbers, crop=crop, plain=plain)
+        return row, contents, header, numbers
 
-    @tf.function(reduce_retracing=True)
-    def decode(rows: _Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        count = tf.size(rows.indices, out_type=tf.int64)
-        dataset = tf.data.Dataset.from_tensor_slices((tf.range(count), rows))
+    def plan(row: tf.Tensor, *several: Any) -> Any:
+        return row, *transforms.plan(*several, crop=crop, decoded_pixels=share)
+
+    def load(row: tf.Tensor, contents: tf.Tensor, planned: transforms.Plan) -> Any:
+        return row, transforms.picture(contents, planned, crop=crop, plain=plain)
+
+    signature = [
+        tf.TensorSpec([None], tf.string),
+        tf.TensorSpec([None, transforms.NUMBERS], tf.float64),
+        tf.TensorSpec([None], tf.int64),
+    ]
+
+    @tf.function(input_signature=signature, autograph=False)
+    def decode(contents: tf.Tensor, numbers: tf.Tensor, wanted: tf.Tensor) -> Any:
+        dataset = tf.data.Dataset.from_tensor_slices((wanted, contents, numbers))
+        dataset = dataset.map(head, num_parallel_calls=threads, deterministic=True).ignore_errors()
+        dataset = dataset.batch(_PLANNED).map(plan).unbatch()
         dataset = dataset.map(load, num_parallel_calls=threads, deterministic=True)
         dataset = tf.data.Dataset.from_tensors(nothing).concatenate(dataset.ignore_errors())
-        return dataset.batch(count + 1).get_single_element()
+        return dataset.batch(tf.size(wanted, out_type=tf.int64) + 1).get_single_element()
 
-    return decode
+    return lambda rows, wanted: decode(rows.contents[wanted], rows.numbers[wanted], wanted)
 
 
 def _threads(config: DataConfig) -> int:
@@ -489,5 +488,8 @@ def _stated_shape(contents: bytes) -> tuple[int, int]:
 @functools.lru_cache(maxsize=32)
 def _alone(crop: _Crop) -> Callable[..., tf.Tensor]:
     """The crop as one graph."""
-    found: Callable[..., tf.Tensor] = tf.function(lambda *a: crop(*a), autograph=False)
+    alone = functools.partial(
+        transforms.cropped, crop=crop, decoded_pixels=decoding.MAX_PIXELS, plain=False
+    )
+    found: Callable[..., tf.Tensor] = tf.function(alone, autograph=False)
     return found

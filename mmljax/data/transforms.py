@@ -5,6 +5,10 @@ of the upright image: EXIF orientation is applied. Grey images become colour one
 header states more than ``MAX_PIXELS`` is refused before it is decoded. A JPEG is decoded at a half,
 a quarter or an eighth of its size where that leaves at least twice the wanted pixels a side; the
 resize then starts from there.
+
+A crop is made in three steps: what the file's header says (``header``), the arithmetic of many
+images at once (``plan``), and the pixels (``picture``). TensorFlow takes as long to start an
+operation for one image as for many, and the arithmetic has a hundred.
 """
 
 from __future__ import annotations
@@ -71,20 +75,8 @@ def random_crop(
       tf.errors.InvalidArgumentError: if the file cannot be decoded, needs Pillow, states more than
         ``MAX_PIXELS``, or takes more than ``decoded_pixels``.
     """
-    file = _checked(contents, plain=plain)
-    height, width = tf.unstack(file.shape)
-    window = _random_window(height, width, numbers, scale=scale, ratio=ratio)
-    image = _rectangle(
-        file,
-        corner=window[:2],
-        sides=window[2:],
-        size=[image_size, image_size],
-        resampling=resampling,
-        decoded_pixels=decoded_pixels,
-    )
-    if flip:
-        image = tf.cond(numbers[-1] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
-    return image
+    crop = RandomCrop(image_size, scale, ratio, flip, resampling)
+    return cropped(contents, numbers, crop=crop, decoded_pixels=decoded_pixels, plain=plain)
 
 
 def center_crop(
@@ -112,60 +104,207 @@ def center_crop(
     Raises:
       tf.errors.InvalidArgumentError: as ``random_crop``.
     """
-    file = _checked(contents, plain=plain)
-    size = file.shape * resize_size // tf.reduce_min(file.shape)
-    image = _rectangle(
-        file,
-        corner=tf.zeros_like(file.shape),
-        sides=file.shape,
-        size=size,
-        resampling=resampling,
-        decoded_pixels=decoded_pixels,
+    crop, numbers = CenterCrop(image_size, resize_size, resampling), np.zeros(NUMBERS)
+    return cropped(contents, numbers, crop=crop, decoded_pixels=decoded_pixels, plain=plain)
+
+
+class RandomCrop(NamedTuple):
+    """The settings of ``random_crop``; equal ones share their graphs."""
+
+    image_size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: bool
+    resampling: str
+
+    def placed(self, shape: tf.Tensor, ratios: tf.Tensor, numbers: tf.Tensor) -> _Placed:
+        """Random windows of images of ``shape`` ``[n 2]``."""
+        windows = _random_windows(shape, ratios, numbers, scale=self.scale, ratio=self.ratio)
+        size = tf.fill(tf.shape(shape), self.image_size)
+        mirrored = (numbers[:, -1] < 0.5) & self.flip
+        return _Placed(windows[:, :2], windows[:, 2:], size, tf.zeros_like(shape), mirrored)
+
+
+class CenterCrop(NamedTuple):
+    """The settings of ``center_crop``; equal ones share their graphs."""
+
+    image_size: int
+    resize_size: int
+    resampling: str
+
+    def placed(self, shape: tf.Tensor, ratios: tf.Tensor, numbers: tf.Tensor) -> _Placed:
+        """The windows of images of ``shape`` ``[n 2]``; no number is used."""
+        del ratios
+        size = shape * self.resize_size // tf.reduce_min(shape, axis=1, keepdims=True)
+        cut = (size - self.image_size) // 2
+        return _Placed(tf.zeros_like(shape), shape, size, cut, tf.zeros_like(numbers[:, 0], bool))
+
+
+class _Placed(NamedTuple):
+    """Windows of upright images, and what becomes of them."""
+
+    corner: tf.Tensor  # [n 2] top and left, pixels of the image
+    sides: tf.Tensor  # [n 2]
+    size: tf.Tensor  # [n 2] of the window, resized
+    cut: tf.Tensor  # [n 2] top and left of the result in the resized window
+    mirrored: tf.Tensor  # [n]
+
+
+class Header(NamedTuple):
+    """What is known of an image before its pixels; of several, with a leading axis."""
+
+    shape: tf.Tensor  # [2] height and width as stored, int64
+    orientation: tf.Tensor  # of EXIF
+    decodable: tf.Tensor  # whether it may be decoded here
+    ratios: tf.Tensor  # [tries] width over height of each drawn window
+
+
+class Plan(NamedTuple):
+    """How an image is decoded, resized and turned; of several, with a leading axis."""
+
+    orientation: tf.Tensor
+    which: tf.Tensor  # of ``_SCALES``, or ``_OTHER``
+    window: tf.Tensor  # [4] top, left, height, width at that scale, as stored
+    size: tf.Tensor  # [2] of the resized window, as stored
+    factor: tf.Tensor  # [2] by which it is resized
+    translation: tf.Tensor  # [2] pixels of the resized window
+    grows: tf.Tensor  # whether no side shrinks
+    cut: tf.Tensor  # [2] of the upright resized window
+    mirrored: tf.Tensor
+
+
+def cropped(
+    contents: tf.Tensor, numbers: Any, *, crop: Any, decoded_pixels: int, plain: bool
+) -> UInt8[tf.Tensor, "s s 3"]:
+    """``random_crop`` or ``center_crop``, by the settings ``crop``, of one image."""
+    one = tf.nest.map_structure(
+        lambda tensor: tf.convert_to_tensor(tensor)[None],
+        (contents, header(contents, numbers, crop=crop, plain=plain), numbers),
     )
-    top, left = tf.unstack((size - image_size) // 2)
-    image = image[top : top + image_size, left : left + image_size]
-    return tf.ensure_shape(image, [image_size, image_size, 3])
+    contents, planned = tf.nest.map_structure(
+        lambda tensor: tensor[0], plan(*one, crop=crop, decoded_pixels=decoded_pixels)
+    )
+    allowed = tf.debugging.Assert(tf.strings.length(contents) > 0, ["too large, or needs Pillow"])
+    with tf.control_dependencies([allowed]):
+        return picture(tf.identity(contents), planned, crop=crop, plain=plain)
 
 
-class _File(NamedTuple):
-    """An image file that may be decoded here."""
+def header(contents: tf.Tensor, numbers: Any, *, crop: Any, plain: bool) -> Header:
+    """What the header of a file says, and the ratios that its ``numbers`` draw.
 
-    contents: tf.Tensor
-    shape: tf.Tensor  # height and width of the upright image, int32
-    orientation: tf.Tensor | None  # None: 1
+    They are drawn here, since the last bit of an exponential may depend on its place in a vector.
 
-
-def _checked(contents: tf.Tensor, *, plain: bool) -> _File:
-    """The file, once it is known not to need Pillow, nor to exceed ``MAX_PIXELS``."""
-    if plain:
-        checks = [tf.debugging.Assert(is_plain_jpeg(contents), ["no plain JPEG"])]
-        with tf.control_dependencies(checks):
-            shape = tf.cast(tf.io.extract_jpeg_shape(contents)[:2], tf.int64)
+    Raises:
+      tf.errors.InvalidArgumentError: if the file is of no kind that TensorFlow decodes.
+    """
+    if isinstance(crop, RandomCrop):
+        least, most = map(math.log, crop.ratio)
+        ratios = tf.exp(least + (most - least) * numbers[_TRIES : 2 * _TRIES])
     else:
-        checks, shape = [], stated_shape(contents)
-    checks.append(tf.debugging.Assert(tf.reduce_prod(shape) <= MAX_PIXELS, ["too large", shape]))
-    if not plain:
-        checks.append(tf.debugging.Assert(~needs_pillow(contents), ["needs Pillow"]))
-    with tf.control_dependencies(checks):
-        contents, shape = tf.identity(contents), tf.cast(shape, tf.int32)
+        ratios = tf.ones(_TRIES, tf.float64)
     if plain:
-        return _File(contents, shape, None)
-    orientation = jpeg_orientation(contents)
-    return _File(contents, _turned(shape, orientation), orientation)
+        shape = tf.cast(tf.io.extract_jpeg_shape(contents)[:2], tf.int64)
+        return Header(shape, tf.constant(1), is_plain_jpeg(contents), ratios)
+    decodable = ~needs_pillow(contents)
+    return Header(stated_shape(contents), jpeg_orientation(contents), decodable, ratios)
+
+
+def plan(
+    contents: Shaped[tf.Tensor, " n"],
+    headers: Header,
+    numbers: Float[tf.Tensor, "n count"],
+    *,
+    crop: Any,
+    decoded_pixels: int,
+) -> tuple[tf.Tensor, Plan]:
+    """How each of several images is cropped.
+
+    The contents of one that may not be decoded are taken away, so that ``picture`` refuses it.
+    """
+    pixels = tf.reduce_prod(headers.shape, axis=1)
+    fits = headers.decodable & (pixels > 0) & (pixels <= MAX_PIXELS)
+    shape = tf.cast(tf.where(fits[:, None], headers.shape, 1), tf.int32)
+    orientation = headers.orientation
+    upright = _turned(shape, orientation)
+    placed = crop.placed(upright, headers.ratios, numbers)
+    corner, sides, size = _stored(upright, placed.corner, placed.sides, placed.size, orientation)
+    halvings = tf.reduce_sum(
+        tf.cast(
+            tf.reduce_min(sides // size, axis=1)[:, None] >= LEAST * _SCALES[1:],
+            tf.int32,
+        ),
+        axis=1,
+    )
+    is_jpeg = tf.strings.substr(contents, 0, 3) == b"\xff\xd8\xff"
+    which = tf.where(is_jpeg, halvings, _OTHER)
+    scale = tf.gather(np.append(_SCALES, _SCALES[:1]), which)[:, None]
+    first = corner // scale
+    window = tf.concat([first, (corner + sides + scale - 1) // scale - first], axis=1)
+    decoded = tf.reduce_prod(tf.where(is_jpeg[:, None], window[:, 2:], shape), axis=1)
+    factor = tf.cast(size * scale / sides, tf.float32)
+    offset = tf.cast((first * scale - corner) / scale, tf.float32)
+    return tf.where(fits & (decoded <= decoded_pixels), contents, b""), Plan(
+        orientation=orientation,
+        which=which,
+        window=window,
+        size=size,
+        factor=factor,
+        translation=offset * factor,
+        grows=tf.reduce_all(sides <= size, axis=1),
+        cut=placed.cut,
+        mirrored=placed.mirrored,
+    )
+
+
+def picture(
+    contents: Shaped[tf.Tensor, ""], plan: Plan, *, crop: Any, plain: bool
+) -> UInt8[tf.Tensor, "s s 3"]:
+    """The pixels of one image; it is decoded and resized as it is stored, and turned then.
+
+    Raises:
+      tf.errors.InvalidArgumentError: if it cannot be decoded.
+    """
+
+    def decode(ratio: int) -> tf.Tensor:
+        return tf.image.decode_and_crop_jpeg(
+            contents, plan.window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
+        )
+
+    def other() -> tf.Tensor:
+        top, left, height, width = tf.unstack(plan.window)
+        return _decode_other(contents)[top : top + height, left : left + width]
+
+    decoders = [partial(decode, int(ratio)) for ratio in _SCALES] + ([] if plain else [other])
+    image = tf.switch_case(plan.which, decoders)
+    # The resize takes uint8: a float32 copy of a large image would take four times its memory.
+    resized = _resize(image, plan, resampling=crop.resampling)
+    if crop.resampling == "bicubic":  # it overshoots
+        resized = tf.clip_by_value(resized, 0, 255)
+    image = tf.cast(resized + 0.5, tf.uint8)  # the cast truncates
+    if not plain:
+        image = _upright(image, plan.orientation)
+    side = crop.image_size
+    if isinstance(crop, CenterCrop):
+        top, left = tf.unstack(plan.cut)
+        image = image[top : top + side, left : left + side]
+    elif crop.flip:
+        whole = image
+        image = tf.cond(plan.mirrored, lambda: tf.reverse(whole, [1]), lambda: whole)
+    return tf.ensure_shape(image, [side, side, 3])
 
 
 def _stored(
     shape: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor, size: tf.Tensor, orientation: tf.Tensor
 ) -> tuple[tf.Tensor, ...]:
-    """Shape, corner, sides and size in the stored image of those in the upright one."""
+    """Corners, sides and sizes in the stored images of those in the upright ones."""
     mirrored = tf.gather(_MIRRORED, orientation)
     corner = tf.where(mirrored, shape - corner - sides, corner)
-    return tuple(_turned(pair, orientation) for pair in (shape, corner, sides, size))
+    return tuple(_turned(pair, orientation) for pair in (corner, sides, size))
 
 
-def _turned(pair: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Rows and columns of the upright image from those of the stored one, or the reverse."""
-    return tf.where(tf.gather(_TRANSPOSED, orientation), pair[::-1], pair)
+def _turned(pairs: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Rows and columns ``[n 2]`` of upright images from those of stored ones, or the reverse."""
+    return tf.where(tf.gather(_TRANSPOSED, orientation)[:, None], pairs[:, ::-1], pairs)
 
 
 def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
@@ -181,109 +320,71 @@ def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     return image
 
 
-def _random_window(
-    height: tf.Tensor,
-    width: tf.Tensor,
+def _random_windows(
+    shape: tf.Tensor,
+    ratios: tf.Tensor,
     numbers: tf.Tensor,
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tf.Tensor:
-    """Top, left, height and width of a random window, int32 pixels."""
-    h, w = tf.cast(height, tf.float64), tf.cast(width, tf.float64)
-    share, shape = numbers[:_TRIES], numbers[_TRIES : 2 * _TRIES]
-    area = h * w * (scale[0] + (scale[1] - scale[0]) * share)
-    log_ratio = math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * shape
-    heights = tf.concat([tf.sqrt(area * tf.exp(-log_ratio)), [w / ratio[0]]], axis=0)
-    widths = tf.concat([tf.sqrt(area * tf.exp(log_ratio)), [h * ratio[1]]], axis=0)
+    """Top, left, height and width of random windows ``[n 4]``, int32 pixels."""
+    sides = tf.cast(shape, tf.float64)
+    h, w = sides[:, :1], sides[:, 1:]
+    area = h * w * (scale[0] + (scale[1] - scale[0]) * numbers[:, :_TRIES])
+    heights = tf.concat([tf.sqrt(area / ratios), w / ratio[0]], axis=1)
+    widths = tf.concat([tf.sqrt(area * ratios), h * ratio[1]], axis=1)
     heights, widths = tf.maximum(tf.round(heights), 1), tf.maximum(tf.round(widths), 1)
-    fits = (heights <= h) & (widths <= w)
-    found = tf.cond(
-        tf.reduce_any(fits[:_TRIES]), lambda: tf.argmax(fits), lambda: tf.constant(_TRIES, tf.int64)
+    fits = ((heights <= h) & (widths <= w))[:, :_TRIES]
+    none = ~tf.reduce_any(fits, axis=1)
+    found = tf.where(none, _TRIES, tf.argmax(tf.cast(fits, tf.int32), axis=1, output_type=tf.int32))
+    drawn = [tf.gather(length, found, batch_dims=1) for length in (heights, widths)]
+    crop = tf.minimum(tf.stack(drawn, axis=1), sides)
+    free = sides - crop
+    corner = tf.where(
+        none[:, None],
+        tf.floor(free / 2),
+        tf.floor(numbers[:, 2 * _TRIES : 2 * _TRIES + 2] * (free + 1)),
     )
-    crop = tf.stack([tf.minimum(heights[found], h), tf.minimum(widths[found], w)])
-    free = tf.stack([h, w]) - crop
-    centred = tf.floor(free / 2)
-    drawn = tf.floor(numbers[2 * _TRIES : 2 * _TRIES + 2] * (free + 1))
-    corner = tf.where(found == _TRIES, centred, drawn)
-    return tf.cast(tf.concat([corner, crop], axis=0), tf.int32)
+    return tf.cast(tf.concat([corner, crop], axis=1), tf.int32)
 
 
-def _rectangle(
-    file: _File,
-    *,
-    corner: tf.Tensor,
-    sides: tf.Tensor,
-    size: Any,
-    resampling: str,
-    decoded_pixels: int,
-) -> UInt8[tf.Tensor, "h w 3"]:
-    """A rectangle of the upright image, resized; ``corner`` (top, left) and ``sides`` are pixels.
-
-    It is decoded and resized as it is stored, and turned then.
-    """
-    contents, shape, orientation = file
-    if orientation is not None:
-        pairs = shape, corner, sides, tf.stack(size)
-        shape, corner, sides, size = _stored(*pairs, orientation)
-    fits = tf.reduce_min(sides // size) >= LEAST * _SCALES[1:]
-    halvings = tf.reduce_sum(tf.cast(fits, tf.int32))
-    which = tf.where(tf.io.is_jpeg(contents), halvings, _OTHER)
-    scale = tf.gather(np.append(_SCALES, _SCALES[:1]), which)
-    first = corner // scale
-    window = tf.concat([first, (corner + sides + scale - 1) // scale - first], axis=0)
-    pixels = tf.reduce_prod(tf.where(tf.io.is_jpeg(contents), window[2:], shape))
-    few = tf.debugging.Assert(pixels <= decoded_pixels, ["too many pixels to decode", pixels])
-    with tf.control_dependencies([few]):
-        contents = tf.identity(contents)
-
-    def decode(ratio: int) -> tf.Tensor:
-        return tf.image.decode_and_crop_jpeg(
-            contents, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
-        )
-
-    def other() -> tf.Tensor:
-        top, left, height, width = tf.unstack(window)
-        return _decode_other(contents)[top : top + height, left : left + width]
-
-    image = tf.switch_case(which, [*(partial(decode, int(ratio)) for ratio in _SCALES), other])
-    # The resize takes uint8: a float32 copy of a large image would take four times its memory.
-    resized = _resize(image, corner, sides, size=size, scale=scale, resampling=resampling)
-    if resampling == "bicubic":  # it overshoots
-        resized = tf.clip_by_value(resized, 0, 255)
-    rounded = tf.cast(resized + 0.5, tf.uint8)  # the cast truncates
-    return rounded if orientation is None else _upright(rounded, orientation)
-
-
-def _resize(
-    image: tf.Tensor,
-    corner: tf.Tensor,
-    sides: tf.Tensor,
-    *,
-    size: Any,
-    scale: tf.Tensor,
-    resampling: str,
-) -> Float[tf.Tensor, "h w 3"]:
-    """The rectangle of ``_rectangle`` from its pixels, which were decoded at 1 / ``scale``."""
+def _resize(image: tf.Tensor, plan: Plan, *, resampling: str) -> Float[tf.Tensor, "h w 3"]:
+    """The decoded window, resized."""
 
     def plain() -> tf.Tensor:  # faster, and the same where both sides grow
-        return tf.image.resize(image, size, method="bilinear")
+        return tf.image.resize(image, plan.size, method="bilinear")
 
     def antialiased() -> tf.Tensor:
-        factor = tf.cast(size * scale / sides, tf.float32)
-        offset = tf.cast((corner // scale * scale - corner) / scale, tf.float32)
-        return tf.raw_ops.ScaleAndTranslate(
-            images=image[None],
-            size=size,
-            scale=factor,
-            translation=offset * factor,
-            kernel_type=_KERNELS[resampling],
-            antialias=True,
-        )[0]
+        kernel = _KERNELS[resampling]
+        return _resize_antialiased(
+            image, plan.factor, plan.translation, size=plan.size, kernel=kernel
+        )
 
-    if resampling != "bilinear":
-        return antialiased()
-    return tf.cond(tf.reduce_all(sides <= size), plain, antialiased)
+    return tf.cond(plan.grows, plain, antialiased) if resampling == "bilinear" else antialiased()
+
+
+def _resize_antialiased(
+    image: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor, *, size: Any, kernel: str
+) -> Float[tf.Tensor, "h w 3"]:
+    """``ScaleAndTranslate`` of both axes: of the rows, transposed, and once more.
+
+    The values of a row count as the channels of one pixel, which TensorFlow adds by vector
+    instructions, while it goes over the pixels of a row one by one. So this takes a third of the
+    time of one call for both axes, transpositions included, and gives the same bits.
+    """
+    for axis in range(2):
+        height, width, channels = tf.unstack(tf.shape(image))
+        rows = tf.raw_ops.ScaleAndTranslate(
+            images=tf.reshape(image, [1, height, 1, width * channels]),
+            size=tf.stack([size[axis], 1]),
+            scale=tf.stack([scale[axis], 1.0]),
+            translation=tf.stack([translation[axis], 0.0]),
+            kernel_type=kernel,
+            antialias=True,
+        )
+        image = tf.transpose(tf.reshape(rows, [size[axis], width, 3]), [1, 0, 2])
+    return image
 
 
 def _decode_other(contents: tf.Tensor) -> tf.Tensor:

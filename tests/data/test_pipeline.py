@@ -198,11 +198,12 @@ def test_crop_and_flip_at_whole_pixels(encode):
 
 
 def _windows(height, width, table, scale, ratio):
-    window = functools.partial(
-        transforms._random_window, tf.constant(height), tf.constant(width), scale=scale, ratio=ratio
-    )
-    draw = tf.function(lambda t: tf.map_fn(window, t, fn_output_signature=tf.int32))
-    return draw(tf.constant(table)).numpy()
+    crop = transforms.RandomCrop(24, scale, ratio, False, "bilinear")
+    encoded = tf.io.encode_jpeg(np.zeros((height, width, 3), np.uint8))
+    headers = [transforms.header(encoded, row, crop=crop, plain=True) for row in table]
+    ratios = tf.stack([header.ratios for header in headers])
+    shapes = tf.repeat([[height, width]], len(table), axis=0)
+    return transforms._random_windows(shapes, ratios, table, scale=scale, ratio=ratio).numpy()
 
 
 def _slow_window(height, width, numbers, scale, ratio):
@@ -473,6 +474,22 @@ def test_at_a_scale_pixels_are_about_those_of_the_whole_image(shape):
         difference = np.abs(crop.numpy() - np.asarray(expected).astype(int))
         assert difference.max() <= 6
         assert difference.mean() <= 0.5
+
+
+@pytest.mark.parametrize("kernel", ["triangle", "keyscubic"])
+@pytest.mark.parametrize("shape", [(40, 50), (25, 60), (60, 25), (20, 20)])
+def test_two_passes_over_rows_give_the_bits_of_one_over_both_axes(shape, kernel):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    sides, size = np.array(shape) * 2 - 7, [24, 30]
+    factor = np.float32(np.array(size) * 2 / sides)
+    found = transforms._resize_antialiased(
+        tf.constant(image), factor, -0.5 * factor, size=size, kernel=kernel
+    )
+    whole = tf.raw_ops.ScaleAndTranslate(
+        images=image[None], size=size, scale=factor, translation=-0.5 * factor, kernel_type=kernel
+    )
+    assert found.shape == (24, 30, 3)
+    np.testing.assert_array_equal(found, whole[0])
 
 
 @pytest.mark.parametrize("size", [32, 100, 600])
