@@ -1,9 +1,10 @@
-"""Atomic writes, so that readers see the old file or the new one, and locks between processes."""
+"""Atomic writes, locks between processes, and the place of files that come from an address."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -122,3 +123,10 @@ def replacing(folder: Path, names: Sequence[str], *, flag: str) -> Iterator[Path
         ) from None
     except OSError as error:
         raise UserError(f"{flag}={folder} cannot be written: {one_line(error)}") from error
+
+
+def working_copy(address: str, *, kind: str) -> Path:
+    """The folder below the user's cache that holds files of an address."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+    return cache / "mmljax" / kind / digest / address.rpartition("/")[2]

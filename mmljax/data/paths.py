@@ -80,6 +80,25 @@ def read(path: str | os.PathLike[str]) -> bytes:
     return _remote(contents)
 
 
+def size_and_change(address: str) -> tuple[int, int]:
+    """Bytes of a remote file, and when it was last changed in ns.
+
+    Raises:
+      OSError: if it cannot be looked at.
+    """
+    found = _remote(lambda gfile: gfile.stat(address))
+    return found.length, found.mtime_nsec
+
+
+def copy(address: str, path: Path) -> None:
+    """Copy a remote file to the disk, in pieces.
+
+    Raises:
+      OSError: if it cannot be read or written.
+    """
+    _remote(lambda gfile: gfile.copy(address, os.fspath(path), overwrite=True))
+
+
 def list_folder(folder: str | os.PathLike[str]) -> Listing:
     """The names in a folder; none if it is absent.
 

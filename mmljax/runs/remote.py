@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ from typing import Any
 
 from mmljax.data.paths import is_address, is_remote
 from mmljax.errors import Unreachable, UserError, require
-from mmljax.files import acquire_lock, write_atomically
+from mmljax.files import acquire_lock, working_copy, write_atomically
 from mmljax.mesh import is_main_process, raise_together
 from mmljax.text import one_line
 
@@ -82,7 +81,7 @@ def opened(workdir: Path | str) -> Iterator[RunFiles]:
         return
     address = str(workdir).rstrip("/")
     with contextlib.ExitStack() as stack:
-        files = RunFiles(working_copy(address), checkpoint_folder(address), address)
+        files = RunFiles(working_copy(address, kind="runs"), checkpoint_folder(address), address)
         problem: UserError | None = None
         if is_main_process():
             try:
@@ -154,13 +153,6 @@ def checkpoint_folder(address: str) -> Path | str:
         f"{address}: checkpoints cannot be kept on {scheme}://; use gs://BUCKET/RUN, or mount the "
         "store as a folder and name that"
     )
-
-
-def working_copy(address: str, *, kind: str = "runs") -> Path:
-    """The folder below the user's cache that holds the small files of an address."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-    return cache / "mmljax" / kind / digest / address.rpartition("/")[2]
 
 
 def _file_system(address: str) -> tuple[Any, str]:

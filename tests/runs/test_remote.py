@@ -18,6 +18,7 @@ import pytest
 import mock_store
 from mmljax.cli import main
 from mmljax.errors import Unreachable, UserError
+from mmljax.files import working_copy
 from mmljax.runs import remote
 
 RUN = "mock://bucket/run"
@@ -164,7 +165,7 @@ def test_a_run_that_lost_its_lock_stops_and_writes_nothing(store, deleted):
     assert error.value.exit_code == 2  # a second run must not be restarted into a fight
     said = "was deleted" if deleted else "was taken over by process 1 on h"
     assert said in str(error.value)
-    assert f"files of this session remain in {remote.working_copy(RUN)} until the" in str(
+    assert f"files of this session remain in {working_copy(RUN, kind='runs')} until the" in str(
         error.value
     )
     assert mock_store.writes(store) == []
@@ -235,9 +236,9 @@ def test_a_store_that_stays_away_is_one_line_and_the_files_are_kept(store, monke
     assert error.value.exit_code == 1  # started again, it may succeed
     text = str(error.value)
     assert text.startswith(f"--workdir={RUN} cannot be written (the network is down); check")
-    kept = f"the files of this session remain in {remote.working_copy(RUN)}"
+    kept = f"the files of this session remain in {working_copy(RUN, kind='runs')}"
     assert f"{kept} until the run is started again here; the same command resumes" in text
-    assert (remote.working_copy(RUN) / "metrics.jsonl").read_text() == "kept\n"
+    assert (working_copy(RUN, kind="runs") / "metrics.jsonl").read_text() == "kept\n"
 
 
 def test_a_missing_bucket_is_one_line(store):

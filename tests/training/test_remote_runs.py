@@ -17,8 +17,8 @@ from mmljax.cli import main
 from mmljax.config import load_config
 from mmljax.data import load
 from mmljax.errors import UserError
+from mmljax.files import working_copy
 from mmljax.inference.embedder import load_embedder
-from mmljax.runs import remote
 from mmljax.training import loop
 
 pytestmark = pytest.mark.filterwarnings(
@@ -58,7 +58,7 @@ def test_a_run_in_a_bucket_equals_a_local_one_and_is_read_from_there(
     monkeypatch.setattr(load, "train_batches", original)
     bucket = store / "bucket/run"
     rows = len((bucket / "metrics.jsonl").read_text().splitlines())
-    assert rows < len((remote.working_copy(RUN) / "metrics.jsonl").read_text().splitlines())
+    assert rows < len((working_copy(RUN, kind="runs") / "metrics.jsonl").read_text().splitlines())
 
     mock_store.fail(store, 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))

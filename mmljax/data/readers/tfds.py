@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Int
 
 from mmljax.config import choose
+from mmljax.data.copies import local_copy
+from mmljax.data.paths import is_remote
 from mmljax.data.readers.splits import DIRECTORY_FLAG, SPLITS, Part, make_dataset
 from mmljax.data.tensorflow_devices import import_tensorflow
 from mmljax.errors import UserError
@@ -113,7 +115,8 @@ def read_tfds(
     Args:
       name: ``in_shop/low``, ``in_shop/high``, ``in_shop/cropped``, ``caltech_birds2011``,
         ``cars196`` or ``stanford_online_products``.
-      directory: TFDS's ``data_dir``, local or remote, which holds a folder of that name.
+      directory: TFDS's ``data_dir``, which holds a folder of that name. At an address, the folder
+        is copied to the user's cache first (:func:`mmljax.data.copies.local_copy`).
       check_counts: False for other data in the form of the benchmark.
 
     Raises:
@@ -123,7 +126,8 @@ def read_tfds(
     layout = choose(LAYOUTS, name, key="config.data.source")
     prepare = layout.prepare.format(os.fspath(directory) or "DIR")
     with _damage_as_user_error(f"{DIRECTORY_FLAG}={os.fspath(directory)!r}", prepare):
-        builder = _builder(name, directory, prepare)
+        local = local_copy(os.fspath(directory), name) if is_remote(directory) else directory
+        builder = _builder(name, directory, local, prepare)
         parts = [_part(builder, layout, split) for split in layout.splits]
     if layout.first_unseen:
         (whole,) = parts
@@ -154,14 +158,19 @@ def _damage_as_user_error(where: str, prepare: str) -> Iterator[None]:
         ) from error
 
 
-def _builder(name: str, directory: str | os.PathLike[str], prepare: str) -> Any:
+def _builder(
+    name: str,
+    directory: str | os.PathLike[str],
+    local: str | os.PathLike[str],
+    prepare: str,
+) -> Any:
     import tensorflow_datasets as tfds
 
     builder, _, variant = name.partition("/")
     try:
         return tfds.core.read_only_builder.builder_from_files(
             builder,
-            data_dir=os.fspath(directory),
+            data_dir=os.fspath(local),
             **({"config": variant} if variant else {}),
         )
     except tfds.core.DatasetNotFoundError as error:
