@@ -29,7 +29,7 @@ _FENCE = re.compile(r"^(?:<!-- (\S+) -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | r
 _RECORD = """#!/bin/bash
 printf '%s\\0' $# "${0##*/}" "${JAX_NUM_CPU_DEVICES:-1}" "$@" >>"$RECORD"
 """
-_SIDE = 24  # of a stand-in's images, pixels
+_SIDE = 32  # of a stand-in's images, pixels; fewer are tiny to mmljax inspect
 
 
 class Block(NamedTuple):
@@ -119,7 +119,7 @@ def _write_image(path: Path, item: int) -> None:
     from PIL import Image
 
     ground = np.random.default_rng(item).integers(40, 200, 3)
-    noise = np.random.default_rng([item, len(str(path))]).integers(0, 56, (_SIDE, _SIDE, 3))
+    noise = np.random.default_rng([item, *path.name.encode()]).integers(0, 56, (_SIDE, _SIDE, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((ground + noise).astype(np.uint8)).save(path)
 
