@@ -3,6 +3,7 @@
     python -m benchmarks.input                                # generated JPEGs of 256 px
     python -m benchmarks.input --images data/grocery/Img      # and all the images below a folder
     python -m benchmarks.input --side 2000 --count 100        # JPEGs of the size of photographs
+    python -m benchmarks.input --shards array_record          # ours reads a prepared data set
     python -m benchmarks.input --parts                        # decoding alone, one thread
 
 Both sides read the same files with the same settings (area 0.16 to 1, width over height 3/4 to
@@ -12,8 +13,10 @@ ratio is that of the medians. Each input is started before its first turn and id
 the batches that it made ahead meanwhile are not counted. All files were read before, so that the
 disk plays no part. The torch side decodes and crops with Pillow at full size, as torchvision's
 loader does. Other work on the machine slows one process with two threads and three processes
-differently, so the CPU time of an image, with that of worker processes, is compared too. Needs the
-extra ``peers``.
+differently, so the CPU time of an image, with that of worker processes, is compared too. With
+``--shards`` ours reads the images as ``mmljax prepare`` writes them, from an address: TensorFlow's
+file system in memory stands for a bucket. That they are copied and opened once is timed apart.
+Needs the extra ``peers``.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ import numpy as np
 from benchmarks.machine import describe
 from configs import common
 from mmljax.config import DataConfig, from_mapping
+from mmljax.data.readers import in_shop_list
 from mmljax.data.readers.image_files import list_images
 from mmljax.types import Batch, Split
 
@@ -46,6 +50,7 @@ def generate(folder: Path, *, count: int, side: int) -> None:
     """Write JPEGs of smooth colours under noise, about as many bytes each as a photograph."""
     from PIL import Image
 
+    folder.mkdir()
     noise = np.random.default_rng(0)
     for number in range(count):
         coarse = noise.integers(0, 256, (side // 16, side // 16, 3), np.uint8)
@@ -53,6 +58,33 @@ def generate(folder: Path, *, count: int, side: int) -> None:
         noisy = np.asarray(smooth) + noise.normal(0, 6, (side, side, 3))
         image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
         image.save(folder / f"{number:05}.jpg", quality=QUALITY)
+
+
+def sharded(images: Path, folder: Path, file_format: str) -> tuple[Split, float]:
+    """The images as a data set that TFDS prepared, at an address, and the seconds to open it."""
+    import tensorflow as tf
+
+    from mmljax.data.readers import in_shop_builder, tfds
+
+    layout, prepared, address = folder / "layout", folder / "prepared", "ram://benchmark"
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # of the copies
+    (layout / "Img").mkdir(parents=True)
+    (layout / "Img" / "img").symlink_to(images)
+    names = sorted(path.name for path in images.iterdir())
+    splits = ["train"] * (len(names) - 2) + ["query", "gallery"]
+    items = [*range(len(names) - 1), len(names) - 2]
+    rows = (f"img/{n} id_{i:08} {s}" for n, i, s in zip(names, items, splits, strict=True))
+    partition = layout / in_shop_list.PARTITION
+    partition.parent.mkdir()
+    partition.write_text("\n".join([str(len(names)), in_shop_list.HEADER, *rows, ""]))
+    in_shop_builder.prepare(layout, prepared, check_counts=False, file_format=file_format)
+    for path in filter(Path.is_file, prepared.rglob("*")):
+        target = f"{address}/{path.relative_to(prepared).as_posix()}"
+        tf.io.gfile.makedirs(os.path.dirname(target))
+        tf.io.gfile.copy(str(path), target)
+    begin = time.perf_counter()
+    train = tfds.read_tfds("in_shop/low", address, check_counts=False).train
+    return train, time.perf_counter() - begin
 
 
 def settings(threads: int, batch_size: int) -> DataConfig:
@@ -162,12 +194,15 @@ def rate(
     return count * batch_size / took, count * batch_size / (cpu_seconds() - cpu)
 
 
-def compare(split: Split, config: DataConfig, *, repeats: int, seconds: float) -> str:
-    """A row of the table: images per second of both, the ratio, and that of CPU time."""
+def compare(split: Split, files: Split, config: DataConfig, *, repeats: int, seconds: float) -> str:
+    """A row of the table: images per second of both, the ratio, and that of CPU time.
+
+    Ours reads ``split``, torch the same images as ``files``.
+    """
     size = config.batch_size
     sides = {
         "ours": (our_batches(split, config), config.prefetch + 2),
-        "torch": (torch_batches(split, config), 2 * config.threads + 1),
+        "torch": (torch_batches(files, config), 2 * config.threads + 1),
     }
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for batches, _ in sides.values():
@@ -228,12 +263,15 @@ def main() -> None:
     parser.add_argument("--images", help="folder of JPEGs to time too")
     parser.add_argument("--side", type=int, default=256, help="of the generated images, pixels")
     parser.add_argument("--count", type=int, default=2_000, help="of the generated images")
+    parser.add_argument("--shards", choices=("tfrecord", "array_record"))
     parser.add_argument("--parts", action="store_true", help="time one thread's parts instead")
     parser.add_argument("--threads", type=int, default=2, help="and worker processes of torch")
     parser.add_argument("--batch-size", type=int, default=180)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
     options = parser.parse_args()
+    if options.shards and options.images:
+        parser.error("--shards takes the generated images alone; leave out --images")
     config = settings(options.threads, options.batch_size)
     print(f"{describe()}; {options.threads} threads, batches of {options.batch_size}")
     if not options.parts:
@@ -242,16 +280,21 @@ def main() -> None:
             "of CPU time |\n|---|---|---|---|---|---|---|"
         )
     with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder), count=options.count, side=options.side)
-        for path in filter(None, (folder, options.images)):
+        images = os.path.join(folder, "images")
+        generate(Path(images), count=options.count, side=options.side)
+        for path in (images, options.images) if options.images else (images,):
             split = list_images([path], flag="--images")
             split = split._replace(labels=np.arange(len(split.labels), dtype=np.int32))
             if options.parts:
                 print(compare_parts(split, config, repeats=options.repeats))
                 continue
             size = statistics.mean(len(Path(image).read_bytes()) for image in split.images)
-            row = compare(split, config, repeats=options.repeats, seconds=options.seconds)
-            what = f"generated, {options.side} px" if path == folder else os.path.basename(path)
+            what = f"generated, {options.side} px" if path == images else os.path.basename(path)
+            ours = split
+            if options.shards:
+                ours, took = sharded(Path(path), Path(folder), options.shards)
+                what += f", {options.shards}, opened in {took:.1f} s"
+            row = compare(ours, split, config, repeats=options.repeats, seconds=options.seconds)
             print(f"| {len(split.images)}, {what} | {size:.0f} | {row} |")
 
 

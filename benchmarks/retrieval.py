@@ -1,30 +1,32 @@
 """Time exact retrieval: this project's search and rank counting, faiss, and torch.
 
-    python -m benchmarks.retrieval                      # the size of In-Shop, k = 50
-    python -m benchmarks.retrieval --size sop           # Stanford Online Products, k = 100
-    python -m benchmarks.retrieval --peers faiss --chunk 8192
+    python -m benchmarks.retrieval                               # the size of In-Shop, k = 50
+    python -m benchmarks.retrieval --size sop                    # Stanford Online Products, k = 100
+    python -m benchmarks.retrieval --sides nearest faiss --chunk 8192
 
-All sides search the same random unit vectors, run in turn within one process, and are reported by
-their fastest run, because other load on the machine slows every side. The first run of each
-(compilation) is not counted. ``ratio`` is a side's time over that of ``nearest_neighbors``. Ours
-runs on JAX's default device, torch on CUDA if it has one, faiss on CPU; on CPU all use as many
-threads as there are cores. Needs the extra ``peers``.
+All sides search the same random unit vectors. Each has a process of its own, so that the threads
+and the memory of one do not slow another; the sides take turns, and the process of one that does
+not run sleeps. The first run of each (compilation) is not counted. ``ratio`` is a side's time over
+that of ``nearest_neighbors``, the median over the rounds. Ours runs on JAX's default device, torch
+on CUDA if it has one, faiss on CPU; on CPU all use as many threads as there are cores. Needs the
+extra ``peers``.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
+import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from benchmarks.machine import describe
 from mmljax.mesh import make_mesh
 from mmljax.retrieval.search import nearest_neighbors, neighbors_and_ranks, positive_ranks
 
@@ -80,41 +82,30 @@ def make_data(task: Task, size: int) -> Data:
     return Data(queries, gallery, query_labels, gallery_labels, None)
 
 
-def our_sides(data: Data, k: int, chunk: int) -> dict[str, Side]:
-    """The project's searches, on arrays that are already on the device."""
+def our_side(name: str, data: Data, k: int, chunk: int) -> Side:
+    """One of the project's searches, on arrays that are already on the device."""
     on = jax.tree.map(jax.device_put, data)
     mesh = make_mesh(jax.devices()[:1])
-
-    def search() -> Any:
-        found = nearest_neighbors(on.queries, on.gallery, k=k, chunk=chunk, self_index=on.own)
-        return jax.block_until_ready(found)
-
-    def count() -> Any:
-        ranks = positive_ranks(*on[:4], chunk=chunk, self_index=on.own)
-        return jax.block_until_ready(ranks)
-
-    def both() -> Any:
-        results = neighbors_and_ranks(*on[:4], k=k, chunk=chunk, self_index=on.own, mesh=mesh)
-        return jax.block_until_ready(results)
-
-    return {
-        "mmljax nearest_neighbors": search,
-        "mmljax positive_ranks": count,
-        "mmljax neighbors_and_ranks": both,
-    }
+    own = on.own
+    search = {
+        "nearest": lambda: nearest_neighbors(*on[:2], k=k, chunk=chunk, self_index=own),
+        "ranks": lambda: positive_ranks(*on[:4], chunk=chunk, self_index=own),
+        "both": lambda: neighbors_and_ranks(*on[:4], k=k, chunk=chunk, self_index=own, mesh=mesh),
+    }[name]
+    return lambda: jax.block_until_ready(search())
 
 
-def faiss_side(data: Data, k: int) -> tuple[str, Side]:
+def faiss_side(data: Data, k: int) -> Side:
     """``IndexFlatIP``; with k + 1 if a query finds itself, because faiss excludes nothing."""
     faiss = import_peer("faiss", "faiss-cpu")
     faiss.omp_set_num_threads(CORES)
     index = faiss.IndexFlatIP(data.gallery.shape[1])
     index.add(data.gallery)
     places = k + (data.own is not None)
-    return f"faiss {faiss.__version__} IndexFlatIP", lambda: index.search(data.queries, places)
+    return lambda: index.search(data.queries, places)
 
 
-def torch_side(data: Data, k: int) -> tuple[str, Side]:
+def torch_side(data: Data, k: int) -> Side:
     """Matrix product and ``topk`` by blocks of 1024 queries."""
     torch = import_peer("torch", "torch")
     torch.set_num_threads(CORES)
@@ -128,10 +119,16 @@ def torch_side(data: Data, k: int) -> tuple[str, Side]:
             torch.cuda.synchronize()
         return found
 
-    return f"torch {torch.__version__} topk ({device})", search
+    return search
 
 
-PEERS = {"faiss": faiss_side, "torch": torch_side}
+SIDES = {
+    "nearest": "mmljax nearest_neighbors",
+    "ranks": "mmljax positive_ranks",
+    "both": "mmljax neighbors_and_ranks",
+    "faiss": "faiss IndexFlatIP",
+    "torch": "torch topk",
+}
 
 
 def import_peer(module: str, package: str) -> Any:
@@ -140,22 +137,45 @@ def import_peer(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(
-            f"{package} is not installed ({error}); pip install 'mmljax[peers]', or omit it "
-            "with --peers"
+            f"{package} is not installed ({error}); pip install 'mmljax[peers]', or leave it "
+            "out of --sides"
         ) from None
 
 
-def fastest(sides: dict[str, Side], repeats: int) -> dict[str, float]:
-    """Seconds of each side's fastest run; the sides take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
+def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
+    """Run a side once for each message, and answer with its seconds and CPU seconds."""
+    task = TASKS[options.size]
+    data = make_data(task, options.dimensions)
+    peers = {"faiss": faiss_side, "torch": torch_side}
+    if name in peers:
+        side = peers[name](data, task.k)
+    else:
+        side = our_side(name, data, task.k, options.chunk)
+    side()
+    connection.send(None)
+    while connection.recv():
+        start = time.perf_counter(), time.process_time()
         side()
-    for _ in range(repeats):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: min(times) for name, times in seconds.items()}
+        connection.send((time.perf_counter() - start[0], time.process_time() - start[1]))
+
+
+def measure(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Seconds and CPU seconds ``[repeats 2]`` of each side; the sides take turns."""
+    spawn = multiprocessing.get_context("spawn")
+    connections: dict[str, Connection] = {}
+    for name in options.sides:
+        connections[name], end = spawn.Pipe()
+        spawn.Process(target=serve, args=(end, name, options), daemon=True).start()
+        end.close()
+        connections[name].recv()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in options.sides}
+    for _ in range(options.repeats):
+        for name, connection in connections.items():
+            connection.send(True)
+            times[name].append(connection.recv())
+    for connection in connections.values():
+        connection.send(False)
+    return {name: np.array(pairs) for name, pairs in times.items()}
 
 
 def main() -> None:
@@ -165,31 +185,28 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=512, help="embedding size")
     parser.add_argument("--chunk", type=int, default=65_536, help="gallery rows per product")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peers", default="faiss,torch", help="of faiss,torch; or none")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options = parser.parse_args()
-    names = [] if options.peers == "none" else options.peers.split(",")
-    if unknown := set(names) - set(PEERS):
-        parser.error(f"--peers knows {', '.join(PEERS)} and none, not {', '.join(unknown)}")
+    if "nearest" not in options.sides:
+        parser.error("--sides lacks nearest, which the ratios refer to")
+    seconds = measure(options)
 
     task = TASKS[options.size]
-    data = make_data(task, options.dimensions)
-    peers = dict(PEERS[name](data, task.k) for name in names)
-    seconds = fastest(our_sides(data, task.k, options.chunk) | peers, options.repeats)
-
-    device = jax.devices()[0]
+    print(describe())
     print(
-        f"{datetime.date.today()}, {platform.machine()}, {CORES} cores; "
-        f"jax {jax.__version__} on {device.platform} ({device.device_kind})"
-    )
-    print(
-        f"{options.size}: {len(data.queries)} queries, {len(data.gallery)} gallery rows, "
+        f"{options.size}: {task.queries} queries, {task.gallery or task.queries} gallery rows, "
         f"{options.dimensions} dimensions, k={task.k}, chunk {options.chunk}; "
-        f"fastest of {options.repeats}"
+        f"medians of {options.repeats}"
     )
-    ours = seconds["mmljax nearest_neighbors"]
-    print(f"\n| {'side':34s} | seconds | ratio |\n|{'-' * 36}|---------|-------|")
-    for name, value in seconds.items():
-        print(f"| {name:34s} | {value:7.3f} | {value / ours:5.2f} |")
+    print(f"\n| {'side':26s} | seconds | CPU s | ratio | of the rounds |")
+    print(f"|{'-' * 28}|---------|-------|-------|---------------|")
+    for name, pairs in seconds.items():
+        wall, cpu = np.median(pairs, axis=0)
+        ratios = pairs[:, 0] / seconds["nearest"][:, 0]
+        print(
+            f"| {SIDES[name]:26s} | {wall:7.3f} | {cpu:5.2f} | {np.median(ratios):5.2f} | "
+            f"{ratios.min():.2f} to {ratios.max():.2f}  |"
+        )
 
 
 if __name__ == "__main__":

@@ -322,11 +322,12 @@ def _decoder(
 
     def decode(rows: _Rows) -> tuple[Int[np.ndarray, " m"], np.ndarray]:
         padding, wanted = np.flatnonzero(rows.indices < 0), np.flatnonzero(rows.indices >= 0)
-        decoded, images = (tensor.numpy()[1:] for tensor in plain(rows, wanted))
+        decoded, images = (np.asarray(memoryview(tensor))[1:] for tensor in plain(rows, wanted))
         if len(decoded) == len(rows.indices):
             return decoded, images
         more, others = (
-            tensor.numpy()[1:] for tensor in general(rows, np.setdiff1d(wanted, decoded))
+            np.asarray(memoryview(tensor))[1:]
+            for tensor in general(rows, np.setdiff1d(wanted, decoded))
         )
         black = np.zeros((len(padding), *images.shape[1:]), np.uint8)
         decoded = np.concatenate([decoded, more, padding])

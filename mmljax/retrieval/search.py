@@ -44,11 +44,11 @@ from mmljax.retrieval.top_k import (
     search_chunks,
 )
 
-QUERY_BLOCK = 512
+QUERY_BLOCK = 1024
 """Queries per matrix product."""
 
 CHUNK = 32_768
-"""Gallery rows per matrix product unless said otherwise: 64 MiB of similarities."""
+"""Gallery rows per matrix product unless said otherwise: 128 MiB of similarities."""
 
 
 class PositiveRanks(NamedTuple):

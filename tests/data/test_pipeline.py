@@ -476,20 +476,34 @@ def test_at_a_scale_pixels_are_about_those_of_the_whole_image(shape):
         assert difference.mean() <= 0.5
 
 
-@pytest.mark.parametrize("kernel", ["triangle", "keyscubic"])
+def _resize_plan(size, factor, translation, *, grows):
+    nothing = dict.fromkeys(transforms.Plan._fields)
+    wanted = {"size": size, "factor": factor, "translation": translation, "grows": grows}
+    return transforms.Plan(**(nothing | wanted))
+
+
+@pytest.mark.parametrize(("kernel", "name"), [("triangle", "bilinear"), ("keyscubic", "bicubic")])
 @pytest.mark.parametrize("shape", [(40, 50), (25, 60), (60, 25), (20, 20)])
-def test_two_passes_over_rows_give_the_bits_of_one_over_both_axes(shape, kernel):
+def test_two_passes_over_rows_give_the_bits_of_one_over_both_axes(shape, kernel, name):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     sides, size = np.array(shape) * 2 - 7, [24, 30]
     factor = np.float32(np.array(size) * 2 / sides)
-    found = transforms._resize_antialiased(
-        tf.constant(image), factor, -0.5 * factor, size=size, kernel=kernel
-    )
+    plan = _resize_plan(size, factor, -0.5 * factor, grows=tf.constant(False))
+    found = transforms._resize(tf.constant(image), plan, resampling=name)
     whole = tf.raw_ops.ScaleAndTranslate(
         images=image[None], size=size, scale=factor, translation=-0.5 * factor, kernel_type=kernel
     )
     assert found.shape == (24, 30, 3)
     np.testing.assert_array_equal(found, whole[0])
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (64, 1), (1, 71), (64, 71)])
+def test_two_passes_enlarge_as_one_over_both_axes_does(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    plan = _resize_plan([64, 71], np.zeros(2), np.zeros(2), grows=tf.constant(True))
+    found = transforms._resize(tf.constant(image), plan, resampling="bilinear")
+    whole = tf.image.resize(image, [64, 71], method="bilinear")
+    np.testing.assert_allclose(found, whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [32, 100, 600])
