@@ -110,7 +110,8 @@ def _search_part(
 
     def search(items: tuple[Neighbors, Array, Array]) -> Neighbors:
         best, queries, own = items
-        new = search_chunk(queries, own, gallery, first=first, rows=rows, k=k)
+        above = best.similarity[:, -1]
+        new = search_chunk(queries, own, gallery, first=first, rows=rows, k=k, above=above)
         return merge(best, new, k=k)
 
     return lax.map(search, (best, queries, own))

@@ -74,7 +74,7 @@ def search_chunks(
 
     def step(best: Neighbors, first: Array) -> tuple[Neighbors, None]:
         part = lax.dynamic_slice_in_dim(chunks.gallery, first, chunks.width)
-        return merge(best, search(part, first=first), k=k), None
+        return merge(best, search(part, first=first, above=best.similarity[:, -1]), k=k), None
 
     if not chunks.whole and chunks.tail is not None:
         return search(chunks.tail, first=0)
@@ -85,7 +85,8 @@ def search_chunks(
     best, _ = lax.scan(step, start, jnp.arange(chunks.whole) * chunks.width)
     if chunks.tail is None:
         return best
-    return merge(best, search(chunks.tail, first=chunks.whole * chunks.width), k=k)
+    first, above = chunks.whole * chunks.width, best.similarity[:, -1]
+    return merge(best, search(chunks.tail, first=first, above=above), k=k)
 
 
 def search_chunk(
@@ -96,9 +97,14 @@ def search_chunk(
     first: Array | int,
     rows: Array | int,
     k: int,
+    above: Array | None = None,
 ) -> Neighbors:
-    """Neighbours in the chunk that starts at gallery row ``first``, of rows below ``rows``."""
-    found = grouped_top_k(similarity_matrix(queries, part), own - first, rows - first, k=k)
+    """Neighbours in the chunk that starts at gallery row ``first``, of rows below ``rows``.
+
+    With ``above``, a similarity per query, only those of higher similarity count.
+    """
+    similarity = similarity_matrix(queries, part)
+    found = grouped_top_k(similarity, own - first, rows - first, k=k, above=above)
     return found._replace(indices=found.indices + first)
 
 
@@ -140,8 +146,13 @@ def best_candidates(
     return best_of(Neighbors(similarity[query, query], candidates), k=k)
 
 
-def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -> Neighbors:
+def grouped_top_k(
+    similarity: Array, own: Array, rows: Array | int, *, k: int, above: Array | None = None
+) -> Neighbors:
     """Top-k of each row over the columns below ``rows`` other than ``own``.
+
+    With ``above``, columns at or below it do not count; what is not found is -inf. The fewer
+    columns count, the cheaper the top-k.
 
     Of groups of adjacent columns, only those with the highest maxima are searched. That is exact:
     let x be one of the k best (by value, then by lower column), and let k groups be preferred to
@@ -152,10 +163,11 @@ def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -
     afterwards, so two maxima may belong to hidden columns (in the group of ``own``, and in the
     group that ``rows`` cuts in two), and two more groups are chosen.
     """
+    least = jnp.full(similarity.shape[0], -jnp.inf) if above is None else above
     group = _group_size(similarity.shape[1], k)
     if group == 1:
         column = jnp.arange(similarity.shape[1])
-        hidden = (column >= rows) | (column == own[:, None])
+        hidden = (column >= rows) | (column == own[:, None]) | (similarity <= least[:, None])
         return Neighbors(*_top_k(jnp.where(hidden, -jnp.inf, similarity), k))
     grouped = similarity.reshape(similarity.shape[0], -1, group)
     starts = jnp.arange(grouped.shape[1]) * group
@@ -163,13 +175,15 @@ def grouped_top_k(similarity: Array, own: Array, rows: Array | int, *, k: int) -
     peak = lax.reduce(
         grouped, jnp.array(-jnp.inf, grouped.dtype), lambda a, b: jnp.where(a > b, a, b), (2,)
     )
-    peak, chosen = _top_k(jnp.where(starts < rows, peak, -jnp.inf), k + 2)
+    counts = (starts < rows) & (peak > least[:, None])
+    peak, chosen = _top_k(jnp.where(counts, peak, -jnp.inf), k + 2)
     chosen = jnp.sort(chosen, axis=1)
     column = (chosen[:, :, None] * group + jnp.arange(group)).reshape(chosen.shape[0], -1)
     value = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1, mode="promise_in_bounds")
     value = value.reshape(column.shape)
     # Nothing below the lowest chosen peak is among the best; hiding it makes the top-k cheaper.
     hidden = (column >= rows) | (column == own[:, None]) | (value < peak[:, -1:])
+    hidden |= value <= least[:, None]
     return best_of(Neighbors(jnp.where(hidden, -jnp.inf, value), column), k=k)
 
 
