@@ -2,7 +2,7 @@
 
     python -m benchmarks.input                                # generated JPEGs of 256 px
     python -m benchmarks.input --images data/grocery/Img      # and all the images below a folder
-    python -m benchmarks.input --side 2000 --count 100        # JPEGs of the size of photographs
+    python -m benchmarks.input --side 2000 --count 200        # JPEGs of the size of photographs
     python -m benchmarks.input --shards array_record          # ours reads a prepared data set
     python -m benchmarks.input --parts                        # decoding alone, one thread
 
