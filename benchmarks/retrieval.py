@@ -167,7 +167,10 @@ def measure(options: argparse.Namespace) -> dict[str, np.ndarray]:
         connections[name], end = spawn.Pipe()
         spawn.Process(target=serve, args=(end, name, options), daemon=True).start()
         end.close()
-        connections[name].recv()
+        try:
+            connections[name].recv()
+        except EOFError:
+            raise SystemExit(f"{SIDES[name]} could not start: its error is above") from None
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in options.sides}
     for _ in range(options.repeats):
         for name, connection in connections.items():
